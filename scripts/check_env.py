@@ -1,0 +1,105 @@
+"""Says whether the Python that runs this file can train, and what it lacks. Called by scripts/setup_env.sh.
+
+    python scripts/check_env.py [extra …]
+    example: python scripts/check_env.py test
+
+Looks at installed metadata only: nothing heavy is imported and nothing is changed. Needs no third-party package, for
+it runs before anything is installed. Prints one `key value` line per finding: `python 3.11.7`, `torch 2.13.0+cpu`,
+`triton 3.7.1` (any installed build of it), `need tokenizers>=0.20` for each requirement that is missing or too old,
+and `project no` when `titanling` cannot be imported without PYTHONPATH. Exit codes: 0 a torch is there and fits;
+2 a torch is there and does not fit (the reason and the remedy are printed instead); 3 no torch, or our own .venv.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import operator
+import os
+import re
+import sys
+from importlib import metadata
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MINIMUM_PYTHON = (3, 10)
+# A torch build pins its own Triton, under one of these names.
+TRITON_NAMES = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu")
+COMPARE = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
+
+
+def requirements(extras: list[str]) -> list[str]:
+    """Requirements of the project and of `extras`, as pyproject.toml lists them, e.g. "torch>=2.11,<2.14".
+
+    Read without a TOML parser, because Python 3.10 has none. An unknown extra raises ValueError.
+    """
+    with open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as file:
+        text = file.read()
+    found = []
+    for name in ["dependencies", *extras]:
+        block = re.search(rf"^{re.escape(name)} = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+        if block is None:
+            raise ValueError(f"pyproject.toml: no extra named {name}")
+        found += re.findall(r'^\s*"([^"]+)"', block.group(1), re.MULTILINE)
+    return found
+
+
+def installed_version(name: str) -> str | None:
+    """Version of the installed distribution `name`; None if there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Numbers of a version without trailing zeros: "2.11.0a0+git" is (2, 11), as PEP 440 compares releases."""
+    matched = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in matched.group().split(".")] if matched else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def satisfied(requirement: str, version: str | None) -> bool:
+    """Whether installed `version` fulfils `requirement`, e.g. "numpy>=1.26"."""
+    if version is None:
+        return False
+    clauses = re.findall(r"(>=|==|<)([^,]+)", requirement)
+    return all(COMPARE[sign](release(version), release(bound)) for sign, bound in clauses)
+
+
+def main() -> int:
+    """Print the findings; return the exit code."""
+    if os.path.realpath(sys.prefix) == os.path.realpath(os.path.join(ROOT, ".venv")):
+        return 3
+    # Where this file lies must not make the project importable.
+    sys.path = [entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.join(ROOT, "scripts")]
+    torch = installed_version("torch")
+    if torch is None:
+        return 3
+    wanted = requirements(sys.argv[1:])
+    torch_wanted = next(item for item in wanted if re.match(r"torch\b", item))
+    remedy = "activate an environment that has these, or an empty one to get a .venv made"
+    if sys.version_info < MINIMUM_PYTHON:
+        needed = ".".join(map(str, MINIMUM_PYTHON))
+        print(f"{sys.executable} is Python {sys.version.split()[0]}, needs >={needed}: {remedy}")
+        return 2
+    if not satisfied(torch_wanted, torch):
+        print(f"{sys.executable} has torch {torch}, needs {torch_wanted}: {remedy}")
+        return 2
+    print(f"python {sys.version.split()[0]}")
+    print(f"torch {torch}")
+    for name in TRITON_NAMES:
+        version = installed_version(name)
+        if version is not None:
+            print(f"{name} {version}")
+    for requirement in wanted:
+        name = re.match(r"[\w.-]+", requirement).group()
+        if not satisfied(requirement, installed_version(name)):
+            print(f"need {requirement}")
+    if importlib.util.find_spec("titanling") is None:
+        print("project no")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets everything up, the test extra included, and runs the tests. Arguments go to pytest.
+#
+#   ./scripts/test.sh                  all of them
+#   ./scripts/test.sh tests/data -k order -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh
+setup_env test
+export HF_HUB_OFFLINE=1 # a test that reaches for the network is wrong
+exec "$PYTHON" -m pytest "$@"

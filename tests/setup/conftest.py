@@ -1,0 +1,180 @@
+"""Small stand-ins for a user's machine: a copy of the project, environments and wheels, all offline."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENT = r'^    "([\w-]+)[>=]=([\d.]+)'
+DEPENDENCIES, EXTRAS = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")
+REQUIREMENTS = dict(re.findall(REQUIREMENT, DEPENDENCIES, re.MULTILINE)) | {"torch": "2.13.0"}
+"""A version that fits, by package that the project needs."""
+TEST_REQUIREMENTS = dict(re.findall(REQUIREMENT, EXTRAS.split("test = [")[1].split("\n]")[0], re.MULTILINE))
+"""The same for the test extra."""
+# A build backend that needs nothing from an index: it links the project with a .pth file.
+BACKEND = """
+import os, zipfile
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    name = "titanling-0.1.0-py3-none-any.whl"
+    info = "titanling-0.1.0.dist-info"
+    requires = REQUIRES
+    with zipfile.ZipFile(os.path.join(wheel_directory, name), "w") as wheel:
+        wheel.writestr("titanling.pth", os.getcwd() + "\\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: titanling\\nVersion: 0.1.0\\n" + requires)
+        tags = "Root-Is-Purelib: true\\nTag: py3-none-any\\n"
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nGenerator: t\\n" + tags)
+        wheel.writestr(f"{info}/RECORD", "")
+    return name
+"""
+
+
+def make_wheel(folder: Path, name: str, version: str, requires: str | None = None) -> None:
+    """Write an empty but installable wheel."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    if requires:
+        metadata += f"Requires-Dist: {requires}\n"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{stem}.dist-info/METADATA", metadata)
+        wheel.writestr(
+            f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+class Machine:
+    """A project copy in a folder with a space in its name, and an active Python environment without pip."""
+
+    requirements = REQUIREMENTS
+    test_requirements = TEST_REQUIREMENTS
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a copy"
+        self.environment = folder / "env"
+        self.wheels = folder / "wheels"
+        self.temporary = folder / "tmp"
+        for path in (self.root / "titanling", self.wheels, self.temporary):
+            path.mkdir(parents=True)
+        shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("run_train.sh", "pyproject.toml", *(f"titanling/{n}.py" for n in ("cli", "errors", "launch"))):
+            shutil.copy(ROOT / name, self.root / name)
+        (self.root / "titanling" / "__init__.py").write_text('__version__ = "0.1.0"\n')
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.environment], check=True)
+        # git and the like are not needed; the tools of a bare system are.
+        self.variables = {
+            "PATH": f"{self.environment}/bin:/usr/bin:/bin",
+            "HOME": str(folder),
+            "TMPDIR": str(self.temporary),
+            "PIP_CONFIG_FILE": "/dev/null",
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
+        }
+
+    @property
+    def site(self) -> Path:
+        """site-packages of the active environment."""
+        return next(self.environment.glob("lib/python3*/site-packages"))
+
+    def install(self, name: str, version: str) -> None:
+        """Put a package's metadata into the active environment, as if it were installed."""
+        info = self.site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+
+    def uninstall(self, name: str) -> None:
+        """Take a package's metadata away again."""
+        for info in self.site.glob(f"{name}-*.dist-info"):
+            shutil.rmtree(info)
+
+    def install_pip(self) -> None:
+        """Give the active environment the pip that the tests' own environment has."""
+        pip = pytest.importorskip("pip")
+        linked = self.environment / "pip"
+        linked.mkdir()
+        (linked / "pip").symlink_to(Path(pip.__file__).parent)
+        (self.site / "pip.pth").write_text(f"{linked}\n")
+
+    def offer(self, requirements: dict[str, str], requires: str | None = None) -> None:
+        """Add wheels to the package index; each depends on `requires`."""
+        for name, version in requirements.items():
+            make_wheel(self.wheels, name, version, requires)
+
+    def offer_pip(self) -> None:
+        """Add the tests' own pip to the package index."""
+        pip = pytest.importorskip("pip")
+        package = Path(pip.__file__).parent
+        make_wheel(self.wheels, "pip", pip.__version__)
+        with zipfile.ZipFile(self.wheels / f"pip-{pip.__version__}-py3-none-any.whl", "a") as wheel:
+            for path in package.rglob("*"):
+                if path.is_file() and path.suffix != ".pyc":
+                    wheel.write(path, Path("pip") / path.relative_to(package))
+
+    def hide_ensurepip(self) -> dict[str, str]:
+        """Variables with which Python lacks ensurepip, as Debian's does without python3-venv."""
+        hidden = self.temporary / "hidden"
+        hidden.mkdir()
+        (hidden / "ensurepip.py").write_text("raise ImportError('as on Debian')\n")
+        return {"PYTHONPATH": str(hidden)}
+
+    def offer_everything(self) -> None:
+        """Let the project's copy be installed with its test extra, without setuptools and offline."""
+        self.offer(REQUIREMENTS | TEST_REQUIREMENTS)
+        pyproject = self.root / "pyproject.toml"
+        text = pyproject.read_text()
+        requires = "".join(f"Requires-Dist: {name}\n" for name in REQUIREMENTS)
+        requires += "Provides-Extra: test\n"
+        requires += "".join(f'Requires-Dist: {name}; extra == "test"\n' for name in TEST_REQUIREMENTS)
+        (self.root / "backend.py").write_text(BACKEND.replace("REQUIRES", repr(requires)))
+        system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        pyproject.write_text(re.sub(r"\[build-system\]\n.*?\n(?=\n)", system, text, count=1, flags=re.DOTALL))
+
+    def run(self, *command: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the project from an unrelated folder."""
+        return subprocess.run(
+            [str(self.root / command[0]), *command[1:]],
+            env=self.variables | variables,
+            cwd=self.temporary,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def setup(self, *extras: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run scripts/setup_env.sh."""
+        return self.run("scripts/setup_env.sh", *extras, **variables)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A bare machine: Python, no torch."""
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def torch_machine(machine: Machine) -> Machine:
+    """A machine whose active environment has torch and everything else."""
+    for name, version in REQUIREMENTS.items():
+        machine.install(name, version)
+    return machine
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """Writes a program `worker` and returns the environment in which it and titanling can be imported."""
+
+    def write(source: str) -> dict[str, str]:
+        (tmp_path / "worker.py").write_text(source)
+        environment = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "RANK")}
+        return environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NGPU": "2", "PYTHONUNBUFFERED": "1"}
+
+    return write
