@@ -1,0 +1,131 @@
+"""torchtitan v0.2.2's configs run here unchanged: its Llama-3 TOMLs load, and no key of it is dropped in silence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+from helpers import run_train
+
+from titanling.config.check import check_runnable
+from titanling.config.load import dump_toml, is_key, load_config
+from titanling.config.torchtitan import NOTHING_ASKED, is_torchtitan_key
+from titanling.errors import UserError
+from titanling.model.presets import resolve_shape
+
+TOMLS = Path(__file__).parent / "torchtitan"
+
+# Keys that every_key.toml cannot show, because their default is None.
+UNSET_BY_DEFAULT = """
+    job.config_file job.save_config_file model.tokenizer_path lr_scheduler.total_steps lr_scheduler.decay_ratio
+    training.dataset_path training.dataloader.prefetch_factor parallelism.module_fqns_per_model_part
+    parallelism.pipeline_parallel_layers_per_stage checkpoint.initial_load_path quantize.linear.float8.recipe_name
+    fault_tolerance.semi_sync_method validation.dataset_path validation.dataloader.prefetch_factor debug.seed
+""".split()
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values in a TOML tree."""
+    found = []
+    for key, value in tree.items():
+        found += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "tokens", "refused"),
+    [
+        ("debug_model", 6_163_712, 8 * 2048, 'activation_checkpoint.mode = "selective" is not supported yet'),
+        ("llama3_8b", 8_030_261_248, 8192, 'activation_checkpoint.mode = "selective" is not supported yet'),
+        ("llama3_70b", 70_553_706_496, 8 * 8192, "parallelism.tensor_parallel_degree = 8 is not supported yet"),
+        ("llama3_405b", 405_853_388_800, 2 * 8192, 'model.converters = ["quantize.linear.float8"] is not supported'),
+    ],
+)
+def test_the_llama3_tomls(tmp_path: Path, name: str, total: int, tokens: int, refused: str) -> None:
+    path = TOMLS / f"{name}.toml"
+    config = load_config(path).config
+    assert resolve_shape(config.model).total_params == total
+    assert config.training.local_batch_size * config.training.seq_len == tokens
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(dump_toml(config), encoding="utf-8")
+    assert load_config(resolved).config == config
+    # No value of the file is lost on the way, save those that ask for nothing.
+    kept = config.model_dump(mode="json")
+    for dotted in leaves(tomli.loads(path.read_text())):
+        table, _, key = dotted.rpartition(".")
+        here, there = kept, tomli.loads(path.read_text())
+        for part in table.split("."):
+            here, there = here[part], there[part]
+        assert key not in here and is_torchtitan_key(dotted) or here[key] == there[key], dotted
+
+    run = run_train("--config", path, cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"error: {path}: {refused}; set it to ") or refused in run.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["resolved.toml"]
+
+
+def test_debug_model_asks_only_for_what_its_refusals_name(tmp_path: Path) -> None:
+    """Following each remedy in turn leads to a config that runs."""
+    overrides: dict[str, Any] = {}
+    with pytest.raises(UserError, match='activation_checkpoint.mode .* set it to "none"'):
+        check_runnable(load_config(TOMLS / "debug_model.toml", overrides).config)
+    overrides["activation_checkpoint.mode"] = "none"
+    with pytest.raises(UserError, match='training.dataset = "c4_test": streamed .* set data.train'):
+        check_runnable(load_config(TOMLS / "debug_model.toml", overrides).config)
+    overrides["data.train"] = "data/mine/train"
+    check_runnable(load_config(TOMLS / "debug_model.toml", overrides).config)
+
+
+def test_every_key_is_known_and_its_default_loads() -> None:
+    path = TOMLS / "every_key.toml"
+    keys = leaves(tomli.loads(path.read_text())) + UNSET_BY_DEFAULT
+    assert len(keys) == 149
+    assert [key for key in keys if not is_key(key) and not is_torchtitan_key(key)] == []
+    load_config(path)
+    # The list of dropped keys holds nothing that is not torchtitan's, and nothing that we have a field for.
+    known = {*keys, *(key.rpartition(".")[0] for key in keys), "quantize.grouped_mm"}
+    older = {"job.print_args", "job.use_for_integration_test"}
+    assert set(NOTHING_ASKED) - known == older
+    assert [key for key in NOTHING_ASKED if is_key(key)] == []
+
+
+STEERING = {key: off for key, off in NOTHING_ASKED.items() if ... not in off}
+
+
+@pytest.mark.parametrize("dotted", STEERING)
+def test_an_unsupported_key_that_asks_for_something_is_refused(tmp_path: Path, dotted: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("")
+    for value in (True, 7, "x", ["x"], 0):
+        with pytest.raises(UserError) as caught:
+            load_config(path, {dotted: value})
+        assert f"command line: {dotted} = " in str(caught.value)
+        assert "is a torchtitan setting that titanling does not support; remove it" in str(caught.value)
+
+
+@pytest.mark.parametrize("dotted", NOTHING_ASKED)
+def test_a_key_that_asks_for_nothing_is_dropped(tmp_path: Path, dotted: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("")
+    for off in NOTHING_ASKED[dotted]:
+        value = "anything" if off is ... else off
+        assert load_config(path, {dotted: value}).config == load_config(path).config
+
+
+def test_its_keys_work_on_the_command_line_too() -> None:
+    path = TOMLS / "debug_model.toml"
+    assert run_train("--config", path, "--job.print_config=false", "--print-config").returncode == 0
+    refused = run_train("--config", path, "--checkpoint.load_only", "--print-config")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: command line: checkpoint.load_only = true is a torchtitan setting that titanling does not support;"
+        " remove it\n"
+    )
+
+
+@pytest.mark.parametrize("table", ["memory_estimation", "fault_tolerance", "experimental"])
+def test_a_misspelt_key_in_a_table_of_torchtitan(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f"[{table}]\nenabel = true\n")
+    with pytest.raises(UserError, match=table):
+        load_config(path)

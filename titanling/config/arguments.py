@@ -1,0 +1,76 @@
+"""The command line of a run: --config FILE and --table.key value."""
+
+from typing import Any, NamedTuple, get_args, get_origin
+
+import tomli
+
+from titanling.config.load import COMMAND_LINE, Tree, is_key, known_tables, nearest, unknown_key
+from titanling.config.torchtitan import is_torchtitan_key
+from titanling.errors import UserError
+
+
+class Arguments(NamedTuple):
+    """A parsed command line."""
+
+    config: str | None
+    overrides: Tree
+    print_config: bool
+    help: bool
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Parse `--config FILE`, `--print-config`, `--help`, and overrides `--table.key value` or `--table.key=value`.
+
+    A value is a TOML scalar or array; text for a string key needs no quotes; a boolean key alone means true.
+    Raises UserError for anything else.
+    """
+    config, overrides, flags = None, {}, set()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, given, value = word.removeprefix("--").partition("=")
+        if word in ("--help", "-h", "--print-config"):
+            flags.add(word)
+        elif word.startswith("--") and (name in ("config", "job.config_file")):
+            config = value if given else _next(rest, word)
+        elif word.startswith("--") and "." in name:
+            annotation = _annotation(name)
+            if not given:
+                alone = annotation in (bool, Any) and (not rest or rest[0].startswith("--"))
+                value = "true" if alone else _next(rest, word)
+            overrides[name] = _parse(value, annotation)
+        else:
+            hint = nearest(name, ["config", "print-config", "help"]) if word.startswith("--") else ""
+            raise UserError(f"{COMMAND_LINE}: {word!r}: expected --config FILE or --table.key value{hint}")
+    return Arguments(config, overrides, "--print-config" in flags, bool(flags & {"--help", "-h"}))
+
+
+def _next(rest: list[str], word: str) -> str:
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{COMMAND_LINE}: {word} needs a value after it")
+    return rest.pop(0)
+
+
+def _annotation(dotted: str) -> Any:
+    if is_torchtitan_key(dotted):
+        return Any
+    if not is_key(dotted):
+        raise UserError(f"{COMMAND_LINE}: --{dotted}: {unknown_key(dotted)}")
+    table, _, key = dotted.rpartition(".")
+    return known_tables()[table].model_fields[key].annotation
+
+
+def _parse(raw: str, annotation: Any) -> Any:
+    """A TOML value; where the key is a string, or the text is not TOML, the text itself."""
+    try:
+        value = tomli.loads(f"value = {raw}")["value"]
+    except tomli.TOMLDecodeError:
+        return raw
+    return raw if _takes_string(annotation) and not isinstance(value, str) else value
+
+
+def _takes_string(annotation: Any) -> bool:
+    """Whether a key's type is a string, one of some strings, or an optional string; not a list of strings."""
+    if get_origin(annotation) is tuple:
+        return False
+    return annotation is str or any(isinstance(a, str) or _takes_string(a) for a in get_args(annotation))

@@ -1,0 +1,216 @@
+"""From TOML files and command-line overrides to one checked `Config`."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from titanling.config.schema import Config
+from titanling.config.torchtitan import refuse_or_drop
+from titanling.errors import UserError
+
+COMMAND_LINE = "command line"
+HELP_LISTS = "; remove it (--help lists all keys)"
+Tree = dict[str, Any]
+
+
+class LoadedConfig(NamedTuple):
+    """A config and, for error messages, the file (or the command line) that each dotted key came from."""
+
+    config: Config
+    origins: dict[str, str]
+    path: str
+    """The file that was loaded: where a key belongs that no file sets."""
+
+    def where(self, dotted: str) -> str:
+        """The file (or the command line) that set a key or a table, for error messages."""
+        return _origin(self.origins, dotted, self.path)
+
+
+def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig:
+    """Read `path`, the files it `extends` and the dotted `overrides`, and check everything that needs no other file.
+
+    Raises UserError for a missing or malformed file, a cycle of `extends`, an unknown key, a wrong type, a value
+    out of range, and a torchtitan feature that titanling lacks.
+    """
+    tree, origins = _read(Path(path), ())
+    for dotted, value in (overrides or {}).items():
+        _set(tree, dotted, value)
+        origins[dotted] = COMMAND_LINE
+    refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
+    try:
+        return LoadedConfig(Config.model_validate(tree), origins, str(path))
+    except ValidationError as error:
+        raise UserError(_explain(error, origins, str(path))) from None
+
+
+def dump_toml(config: Config) -> str:
+    """The whole config as TOML; loading it gives an equal config. Unset optional keys are left out."""
+    tree = config.model_dump(exclude_none=True)
+    return tomli_w.dumps(_lists(tree))
+
+
+def known_tables() -> dict[str, type[BaseModel]]:
+    """Dotted name → class of every table, in the order of the schema."""
+    tables: dict[str, type[BaseModel]] = {}
+
+    def walk(table: type[BaseModel], prefix: str) -> None:
+        for name, field in table.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                tables[prefix + name] = field.annotation
+                walk(field.annotation, f"{prefix}{name}.")
+
+    walk(Config, "")
+    return tables
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` for the most similar known name, or an empty string."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def unknown_key(dotted: str) -> str:
+    """What is wrong with a dotted key that the schema does not have, and the nearest one that it has."""
+    tables = known_tables()
+    table, _, key = dotted.rpartition(".")
+    if table in tables:
+        hint = nearest(key, list(tables[table].model_fields)) or HELP_LISTS
+        return f"unknown key {key} in [{table}]{hint}"
+    homes = [name for name, found in tables.items() if not table and key in found.model_fields]
+    if homes:
+        return f"{key} stands outside of any table; it belongs under [{homes[0]}]"
+    return f"unknown table [{table or key}]{nearest(table or key, list(tables)) or HELP_LISTS}"
+
+
+def is_key(dotted: str) -> bool:
+    """Whether the schema has this dotted key."""
+    table, _, key = dotted.rpartition(".")
+    tables = known_tables()
+    return table in tables and key in tables[table].model_fields
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[Tree, dict[str, str]]:
+    resolved = path.resolve()
+    if resolved in above:
+        chain = " → ".join(str(p) for p in (*above[above.index(resolved) :], resolved))
+        raise UserError(f"{above[-1]}: extends goes in a circle ({chain}); remove one of these extends")
+    try:
+        tree = tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        where = f"extended by {above[-1]}" if above else "check --config"
+        raise UserError(f"{path}: no such config file ({where})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this config file: {error}") from None
+    except tomli.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    bases = tree.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
+        raise UserError(f"{path}: extends = {_show(bases)}: must be a file name or a list of file names")
+    merged: Tree = {}
+    origins: dict[str, str] = {}
+    for base in bases:
+        base_tree, base_origins = _read(path.parent / base, (*above, resolved))
+        _merge(merged, base_tree)
+        origins |= base_origins
+    _merge(merged, tree)
+    return merged, origins | {key: str(path) for key in _leaves(tree)}
+
+
+def _merge(into: Tree, other: Tree) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _leaves(tree: Tree, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found.append(prefix + key)
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+    return found
+
+
+def _set(tree: Tree, dotted: str, value: Any) -> None:
+    *tables, key = dotted.split(".")
+    for table in tables:
+        inner = tree.setdefault(table, {})
+        if not isinstance(inner, dict):
+            # The file has a scalar where a table belongs; leave it for the schema to refuse.
+            return
+        tree = inner
+    tree[key] = value
+
+
+def _origin(origins: dict[str, str], dotted: str, default: str) -> str:
+    while dotted:
+        if dotted in origins:
+            return origins[dotted]
+        dotted = dotted.rpartition(".")[0]
+    return default
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(inner) for key, inner in value.items()}
+    return [_lists(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def _explain(error: ValidationError, origins: dict[str, str], path: str) -> str:
+    details = error.errors(include_url=False)
+    # An unknown name is the likeliest root cause of whatever else is wrong: say it first.
+    details.sort(key=lambda d: d["type"] != "extra_forbidden")
+    lines = [_explain_one(detail, origins, path) for detail in details]
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return lines[0] + more
+
+
+def _explain_one(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:
+    names = [part for part in detail["loc"] if isinstance(part, str)]
+    dotted, kind, context = ".".join(names), detail["type"], detail.get("ctx", {})
+    where = _origin(origins, dotted, path)
+    if kind == "extra_forbidden":
+        return f"{where}: {unknown_key(dotted)}"
+    if kind == "value_error":
+        # A check between keys: its message begins with the key at fault.
+        culprit = f"{dotted}.{str(context['error']).split()[0]}"
+        return f"{_origin(origins, culprit, path)}: {dotted}.{context['error']}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, [{dotted}]"
+    return f"{where}: {dotted} = {_show(detail['input'])}: {_requirement(kind, context, detail['msg'])}"
+
+
+def _requirement(kind: str, context: dict[str, Any], message: str) -> str:
+    types = {
+        "int_type": "an integer",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "string_type": "a string in quotes",
+        "tuple_type": "a list",
+        "finite_number": "a finite number",
+    }
+    limits = {"greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "greater than")}
+    limits |= {"less_than_equal": ("le", "at most"), "less_than": ("lt", "less than")}
+    if kind in types:
+        return f"must be {types[kind]}"
+    if kind in limits:
+        name, words = limits[kind]
+        return f"must be {words} {context[name]}"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    return message[:1].lower() + message[1:]
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

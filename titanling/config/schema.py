@@ -1,0 +1,411 @@
+"""Every table and key of a run's TOML, with type, bounds and meaning.
+
+Tables and keys are torchtitan v0.2.2's wherever the meaning is the same. A field marked `not_yet` is understood but
+waits for its feature: any value but its default is refused when a run starts. The docstring under a field is its
+documentation: `--help` and docs/configuration.md are made from it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(min_length=1)]
+# TOML has lists; a frozen config wants tuples.
+Strings = Annotated[tuple[Text, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def not_yet(default: Any) -> Any:
+    """A field that only accepts `default` until its feature is built."""
+    return Field(default, json_schema_extra={"not_yet": True})
+
+
+class Table(BaseModel):
+    """Base of all tables: frozen, no unknown keys, no type coercion, no nan or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+    )
+
+
+class Job(Table):
+    """What the run is called and where it writes."""
+
+    dump_folder: Text = "./outputs"
+    """Run folder: config.toml, metrics.jsonl, tensorboard/, checkpoints/. Relative to the working directory."""
+    description: str = "titanling run"
+    """Free text, printed at start."""
+
+
+class Profiling(Table):
+    """Traces of torch.profiler."""
+
+    enable_profiling: bool = False
+    """Record a Chrome trace of one step every `profile_freq` steps."""
+    save_traces_folder: Text = "profile_traces"
+    """Folder of the traces, under the run folder."""
+    profile_freq: int = Field(10, ge=2)
+    """Steps between traces."""
+    enable_memory_snapshot: bool = not_yet(False)
+    """Dump the CUDA allocator's history."""
+    save_memory_snapshot_folder: Text = "memory_snapshot"
+    """Folder of the memory snapshots, under the run folder."""
+
+
+class Metrics(Table):
+    """What is reported, how often and where to. metrics.jsonl is always written."""
+
+    log_freq: int = Field(10, ge=1)
+    """Steps between log lines. Only logging steps wait for the device."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard events."""
+    disable_color_printing: bool = False
+    """Never colour the terminal lines (they are only coloured on a terminal anyway)."""
+    save_tb_folder: Text = "tensorboard"
+    """Folder of the TensorBoard events, under the run folder."""
+    save_for_all_ranks: bool = not_yet(False)
+    """Write metrics on every rank instead of rank 0 only."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases (extra: `wandb`)."""
+
+
+class Model(Table):
+    """A named size, and what to change about it."""
+
+    name: Literal["llama3"] = "llama3"
+    """Model family."""
+    flavor: Text = "debugmodel"
+    """Preset: debugmodel, 1B, 3B, 8B, 70B, 405B, minilingua_30m, … (titanling/model/presets.py lists them)."""
+    hf_assets_path: Text | None = None
+    """Directory of a Hugging Face tokenizer (tokenizer.json), used to sample, check the data and export."""
+    tokenizer_path: Text | None = not_yet(None)
+    """torchtitan's deprecated tokenizer.model path; use hf_assets_path."""
+    converters: Strings = not_yet(())
+    """Model converters such as quantize.linear.float8."""
+    print_after_conversion: bool = not_yet(False)
+    """Print the model after the converters ran."""
+    dim: int | None = Field(None, ge=8)
+    """Hidden size (preset's if unset)."""
+    n_layers: int | None = Field(None, ge=1)
+    """Number of transformer blocks (preset's if unset)."""
+    n_heads: int | None = Field(None, ge=1)
+    """Number of query heads (preset's if unset)."""
+    n_kv_heads: int | None = Field(None, ge=1)
+    """Number of key/value heads; must divide n_heads (preset's if unset)."""
+    head_dim: int | None = Field(None, ge=2)
+    """Size of one head, even; dim / n_heads if neither this nor the preset sets it."""
+    ffn_dim: int | None = Field(None, ge=1)
+    """Width of the SwiGLU feed-forward (preset's if unset)."""
+    vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding (preset's if unset)."""
+    make_vocab_size_divisible_by: int = Field(1, ge=1)
+    """Pad vocab_size up to a multiple of this, as Megatron does."""
+    rope_theta: float | None = Field(None, gt=0)
+    """RoPE base frequency (preset's if unset)."""
+    norm_eps: float | None = Field(None, gt=0)
+    """RMSNorm epsilon (preset's if unset)."""
+    tie_embeddings: bool | None = None
+    """Use the embedding as the output matrix (preset's if unset)."""
+    qk_norm: bool | None = None
+    """RMSNorm on each query and key head before RoPE, as Qwen3 (preset's if unset)."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout after the embedding and on both residual branches of a block (preset's if unset)."""
+
+
+class Optimizer(Table):
+    """AdamW. Weight decay acts on parameters of two or more dimensions only."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """Optimizer."""
+    lr: float = Field(8e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay."""
+    implementation: Literal["fused"] = "fused"
+    """torch's fused kernel: the one that can skip a step on the device."""
+    early_step_in_backward: bool = not_yet(False)
+    """Update each parameter as soon as its gradient is ready."""
+
+
+class LRScheduler(Table):
+    """Linear warm-up, an optional constant part, then decay. A function of the completed steps."""
+
+    warmup_steps: int = Field(200, ge=0)
+    """Steps of linear warm-up to the peak."""
+    total_steps: int | None = Field(None, ge=1)
+    """Length of the schedule; training.steps if unset."""
+    decay_ratio: float | None = Field(None, ge=0, le=1)
+    """Last fraction of the run that decays (WSD). Unset: decay begins right after warm-up. 0: constant."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = Field(0.0, ge=0, le=1)
+    """Floor of the decay, as a fraction of the peak."""
+
+
+class Training(Table):
+    """The run's length, batch and precision."""
+
+    dataset: str | None = None
+    """torchtitan's name of a streamed dataset (c4). Streaming is not supported yet: data.train is used instead."""
+    dataset_path: str | None = not_yet(None)
+    """torchtitan's path of a streamed dataset. Use data.train here."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences in one forward pass on one data-parallel rank."""
+    global_batch_size: int = Field(-1, ge=-1)
+    """Sequences in one optimizer step over all ranks; the rest is gradient accumulation. -1: local × ranks."""
+    seq_len: int = Field(2048, ge=1)
+    """Tokens in one sequence."""
+    max_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    steps: int = Field(10000, ge=1)
+    """Optimizer steps of the whole run. Raise it to extend a finished run."""
+    enable_cpu_offload: bool = not_yet(False)
+    """Keep parameters and optimizer state in CPU memory (FSDP)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which parameters, gradients and optimizer state are held."""
+    mixed_precision_param: Dtype = "bfloat16"
+    """Type of the compute, to which weights are cast where they are used. float16 adds a loss scaler. Where a CPU
+    could only emulate bfloat16 slowly, it computes in float32, and says so."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type of the gradient reduction under FSDP."""
+    gc_freq: int = Field(50, ge=1)
+    """Steps between Python garbage collections (collecting at the same step on all ranks avoids stragglers)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Training":
+        if self.global_batch_size == 0:
+            raise ValueError("global_batch_size = 0: must be positive, or -1 for local_batch_size × ranks")
+        if self.global_batch_size > 0 and self.global_batch_size % self.local_batch_size:
+            raise ValueError(
+                f"global_batch_size = {self.global_batch_size} is not a multiple of"
+                f" local_batch_size = {self.local_batch_size}"
+            )
+        if self.dtype == "bfloat16" and self.mixed_precision_param != "bfloat16":
+            raise ValueError(
+                f'dtype = "bfloat16" with mixed_precision_param = "{self.mixed_precision_param}":'
+                ' parameters held in bfloat16 compute in bfloat16; set mixed_precision_param = "bfloat16"'
+            )
+        return self
+
+
+class Parallelism(Table):
+    """How ranks divide the work."""
+
+    data_parallel_replicate_degree: int = Field(1, ge=1)
+    """Copies of the model (DDP; with sharding: HSDP)."""
+    data_parallel_shard_degree: int = Field(-1, ge=-1)
+    """Ranks that share one copy (FSDP2). -1: all that are left. 1: no sharding."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free gathered parameters after each block's forward. default: always."""
+    tensor_parallel_degree: int = not_yet(1)
+    """Ranks that share each matrix."""
+    enable_async_tensor_parallel: bool = not_yet(False)
+    """Overlap tensor-parallel communication with its matmuls."""
+    disable_loss_parallel: bool = not_yet(False)
+    """Gather the logits before the loss under tensor parallelism."""
+    pipeline_parallel_degree: int = not_yet(1)
+    """Pipeline stages."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Pipeline schedule; read only when pipeline_parallel_degree > 1."""
+    context_parallel_degree: int = not_yet(1)
+    """Ranks that share each sequence."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How context-parallel ranks exchange keys and values; read only when context_parallel_degree > 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Parallelism":
+        if self.data_parallel_shard_degree == 0:
+            raise ValueError("data_parallel_shard_degree = 0: must be positive, or -1 for all ranks that are left")
+        return self
+
+
+class Checkpoint(Table):
+    """Saving and resuming. Needs `enable = true`."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one of this run folder."""
+    folder: Text = "checkpoints"
+    """Folder of the checkpoints, under the run folder."""
+    interval: int = Field(500, ge=1)
+    """Steps between checkpoints. The last step is always saved."""
+    keep_latest_k: int = Field(10, ge=0)
+    """Checkpoints kept; 0 keeps all. At least 2, so that one good one is always left."""
+    load_step: int = Field(-1, ge=-1)
+    """Step to resume from; -1: the newest whole one."""
+    initial_load_path: str | None = not_yet(None)
+    """Checkpoint of another run to start from."""
+    last_save_model_only: bool = not_yet(False)
+    """Save only the weights at the last step."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = not_yet("float32")
+    """Type of a weights-only last save."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = not_yet("disabled")
+    """Save in the background."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to find a bad disk early."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Checkpoint":
+        if self.keep_latest_k == 1:
+            raise ValueError("keep_latest_k = 1 would leave nothing to fall back to; use 2 or more, or 0 to keep all")
+        return self
+
+
+class ActivationCheckpoint(Table):
+    """Recomputing activations in the backward pass to save memory."""
+
+    mode: Literal["none", "selective", "full", "memory_budget"] = not_yet("none")
+    """What is recomputed."""
+    selective_ac_option: Text = "2"
+    """"op", or every how many layers; read only when mode = "selective"."""
+
+
+class Compile(Table):
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile."""
+    components: Annotated[
+        tuple[Literal["model", "loss"], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    ] = ("model", "loss")
+    """What is compiled: each transformer block, the loss."""
+    backend: Text = "inductor"
+    """Compiler backend."""
+
+
+class Float8(Table):
+    """float8 linear layers; read only when model.converters names quantize.linear.float8."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather sharded weights in float8."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute all scales in one reduction after the optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Scaling recipe."""
+    filter_fqns: Strings = ()
+    """Modules that stay in bfloat16."""
+
+
+class QuantizeLinear(Table):
+    """Quantized linear layers."""
+
+    float8: Float8 = Float8()
+    """[quantize.linear.float8]"""
+
+
+class Quantize(Table):
+    """Quantized training."""
+
+    linear: QuantizeLinear = QuantizeLinear()
+    """[quantize.linear]"""
+
+
+class Comm(Table):
+    """Collective communication."""
+
+    init_timeout_seconds: int = Field(300, ge=1)
+    """How long a collective may wait for other ranks; at start-up, how long preparing data may take."""
+    train_timeout_seconds: int = not_yet(100)
+    """A shorter limit for the collectives after the first step."""
+
+
+class Validation(Table):
+    """Loss on held-out text, on the same sequences at any world size."""
+
+    enable: bool = False
+    """Validate every `freq` steps and after the last one."""
+    dataset: str | None = None
+    """torchtitan's name of a streamed dataset. Streaming is not supported yet: data.validation is used instead."""
+    dataset_path: str | None = not_yet(None)
+    """torchtitan's path of a streamed dataset. Use data.validation here."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences in one forward pass on one rank."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens in one validation sequence; training.seq_len if unset."""
+    freq: int = Field(10, ge=1)
+    """Steps between validations."""
+    steps: int = Field(-1, ge=-1)
+    """Size of the validation set in batches of local_batch_size, over all ranks. -1: all of data.validation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Validation":
+        if self.steps == 0:
+            raise ValueError("steps = 0 validates nothing; set enable = false, a positive number, or -1 for all")
+        return self
+
+
+class Debug(Table):
+    """Seeds and determinism."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the initial weights, the data order and dropout."""
+    deterministic: bool = False
+    """Use only deterministic kernels, even where slower. A CPU run is deterministic without it."""
+
+
+class Prepare(Table):
+    """Makes the tokenizer and the token files from plain text when they do not exist yet."""
+
+    text: Strings = ()
+    """Files, folders or globs of UTF-8 text (each file is a document), or "python-stdlib". Empty: prepare nothing."""
+    vocab_size: int = Field(8192, ge=258)
+    """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
+    validation_fraction: float = Field(0.01, gt=0, lt=1)
+    """Share of the documents, chosen by hash of their text, kept for validation."""
+
+
+class Data(Table):
+    """Tokenised text: Megatron .bin/.idx files with a sidecar .json, named by their common prefix."""
+
+    train: Text | None = None
+    """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json."""
+    validation: Text | None = None
+    """Prefix of the validation files."""
+    prepare: Prepare = Prepare()
+    """[data.prepare]"""
+
+
+class Sampling(Table):
+    """Text written by the model while it trains."""
+
+    freq: int = Field(0, ge=0)
+    """Steps between samples; 0: never. Needs model.hf_assets_path."""
+    prompts: Strings = ("def ",)
+    """One continuation is printed for each."""
+    max_new_tokens: int = Field(48, ge=1)
+    """Length of a continuation in tokens."""
+    temperature: float = Field(0.8, ge=0)
+    """Softmax temperature; 0: greedy."""
+
+
+class Config(Table):
+    """A whole run."""
+
+    job: Job = Job()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    quantize: Quantize = Quantize()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    sampling: Sampling = Sampling()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    comm: Comm = Comm()
+    debug: Debug = Debug()
