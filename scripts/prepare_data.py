@@ -1,0 +1,71 @@
+"""Make a tokenizer and token files from plain text."""
+
+import argparse
+import os
+
+from titanling.cli import run
+from titanling.errors import UserError
+
+EXAMPLE = """example:
+  python scripts/prepare_data.py --text 'books/**/*.txt' notes/ --output data/mine --vocab-size 16384
+
+writes data/mine/train.bin .idx .json, data/mine/validation.bin .idx .json and data/mine/tokenizer/. Then train with
+  --data.train data/mine/train --data.validation data/mine/validation --model.hf_assets_path data/mine/tokenizer
+What exists already is kept; killed half-way, the same command finishes the work.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        help='files, folders or globs of UTF-8 text (each file is one document), or "python-stdlib"',
+    )
+    parser.add_argument("--output", required=True, help="folder to write to")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="size of a new tokenizer (default: 8192)")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.01, help="share of the documents kept aside (default: 0.01)"
+    )
+    parser.add_argument("--tokenizer", help="folder of an existing Hugging Face tokenizer to use instead of a new one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prepare what is missing and print what was done."""
+    arguments = parse_arguments()
+    # Imported late, so that --help answers at once.
+    from pydantic import ValidationError
+
+    from titanling.config.schema import Prepare
+    from titanling.data.prepare.run import prepare
+
+    try:
+        settings = Prepare(
+            text=tuple(arguments.text),
+            vocab_size=arguments.vocab_size,
+            validation_fraction=arguments.validation_fraction,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"{flag} {first['input']}: {first['msg']}") from None
+    tokenizer = arguments.tokenizer
+    if tokenizer is not None and not os.path.isfile(os.path.join(tokenizer, "tokenizer.json")):
+        raise UserError(f"--tokenizer {tokenizer}: has no tokenizer.json; leave --tokenizer out to train one")
+    output = arguments.output
+    lines = prepare(
+        settings,
+        os.path.join(output, "train"),
+        os.path.join(output, "validation"),
+        tokenizer or os.path.join(output, "tokenizer"),
+    )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)

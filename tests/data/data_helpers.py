@@ -1,0 +1,30 @@
+"""Token files and processes for the tests of this folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from titanling.data.indexed import IndexedWriter, Sidecar, write_sidecar
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_documents(prefix: str, documents: list[list[int]], vocab_size: int, **changes: object) -> Sidecar:
+    """Write .bin, .idx and .json for these documents; return the sidecar (with
+    `changes` in it)."""
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for ids in documents:
+            writer.add_document(np.array(ids))
+    made = writer.sidecar(tokenizer_sha256="ab" * 32, eod_id=0, utf8_bytes=7, source="test")
+    made = made.model_copy(update=changes)
+    write_sidecar(prefix, made)
+    return made
+
+
+def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run this interpreter on the checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )

@@ -1,0 +1,369 @@
+"""Token files: Megatron's .bin/.idx pair and our sidecar .json, all named by one prefix. Free of torch.
+
+`.bin` holds the raw little-endian tokens of all documents, each closed by its end-of-document token. `.idx` holds a
+34-byte header (magic, u64 version, u8 dtype code, u64 sequences, u64 documents + 1), then int32 sequence lengths,
+int64 byte pointers and the int64 document index; we write one sequence per document. Byte-compatible with
+Megatron-LM's indexed_dataset.py. The sidecar adds what the pair lacks (tokenizer, counts, hashes). It is written
+last: without it, the pair is unfinished.
+"""
+
+import hashlib
+import math
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from titanling.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_NAMES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+"""Dtype codes that are read and written."""
+
+FLUSH_TOKENS = 1 << 20
+PREPARE_AGAIN = "delete the three files of this prefix and prepare them again (scripts/prepare_data.py)"
+
+
+def dtype_code(vocab_size: int) -> int:
+    """Megatron's choice: 8 (uint16) for a vocabulary below 65,500, else 4 (int32)."""
+    return 8 if vocab_size < 65500 else 4
+
+
+class IndexedDataset:
+    """Random access to the tokens of one .bin/.idx pair.
+
+    Holds one file descriptor for `.bin` (read by `pread`, so threads may share it) and a memory map of `.idx`.
+
+    Attributes: `prefix`; `num_tokens`; `num_documents`; `dtype` (uint16 or int32).
+    Raises `UserError` when a file is missing, damaged, empty or of a type we do not read.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self._bin_path = f"{prefix}.bin"
+        idx_path = f"{prefix}.idx"
+        for path in (self._bin_path, idx_path):
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: no such file; correct the prefix in [data], or make it: prepare_data.py")
+        code, sequences, documents = _read_header(idx_path)
+        self.dtype = DTYPES[code]
+        self.num_documents = documents
+        index = np.memmap(idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
+        at = HEADER.size
+        self._lengths = index[at : at + 4 * sequences].view("<i4")
+        at += 4 * sequences
+        self._pointers = index[at : at + 8 * sequences].view("<i8")
+        at += 8 * sequences
+        self._documents = index[at : at + 8 * (documents + 1)].view("<i8")
+        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+        size = os.path.getsize(self._bin_path)
+        if size != expected or self._pointers[0] != 0 or self._documents[-1] != sequences:
+            raise UserError(f"{self._bin_path}: {size} bytes, but {idx_path} describes {expected}; {PREPARE_AGAIN}")
+        if size == 0:
+            raise UserError(f"{self._bin_path}: holds no tokens; {PREPARE_AGAIN}")
+        self.num_tokens = size // self.dtype.itemsize
+        self._fd = os.open(self._bin_path, os.O_RDONLY)
+        if sys.platform == "linux":  # macOS has no fadvise
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start … start + count - 1` of the flat stream: (count,), in the file's dtype."""
+        return self.read_rows(np.array([start]), count)[0]
+
+    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """`count` tokens from each offset of `starts` (rows,) in the flat stream: (rows, count), in the file's dtype.
+
+        Raises IndexError beyond the stream, `UserError` if the file has shrunk since it was opened.
+        """
+        if len(starts) and (int(starts.min()) < 0 or int(starts.max()) + count > self.num_tokens):
+            raise IndexError(f"{self._bin_path}: token range outside the {self.num_tokens} tokens of the file")
+        rows = np.empty((len(starts), count), self.dtype)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            if os.preadv(self._fd, [row], start * self.dtype.itemsize) != row.nbytes:
+                raise UserError(f"{self._bin_path}: became shorter while in use; {PREPARE_AGAIN}")
+        return rows
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document with its end-of-document token: (length,). Raises IndexError."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
+        first, last = int(self._documents[index]), int(self._documents[index + 1])
+        start = int(self._pointers[first]) // self.dtype.itemsize
+        return self.read(start, int(self._lengths[first:last].sum()))
+
+    def close(self) -> None:
+        """Close the file; later reads fail. Closing twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):  # __init__ may have raised before opening
+            self.close()
+
+
+def _read_header(path: str) -> tuple[int, int, int]:
+    """(dtype code, sequences, documents) of an .idx whose size agrees with its header."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or header[:9] != MAGIC:
+        raise UserError(f"{path}: not a Megatron index (its first bytes differ); {PREPARE_AGAIN}")
+    _, version, code, sequences, entries = HEADER.unpack(header)
+    if version != VERSION:
+        raise UserError(f"{path}: index version {version}, only {VERSION} is known; {PREPARE_AGAIN}")
+    if code not in DTYPES:
+        name = DTYPE_NAMES.get(code, "unknown")
+        raise UserError(f"{path}: tokens of type {name} (code {code}), only uint16 and int32 are read; {PREPARE_AGAIN}")
+    size, expected = os.path.getsize(path), HEADER.size + 12 * sequences + 8 * entries
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes where its header promises {expected}; {PREPARE_AGAIN}")
+    if sequences == 0 or entries < 2:
+        raise UserError(f"{path}: holds no documents; {PREPARE_AGAIN}")
+    return code, sequences, entries - 1
+
+
+class IndexedWriter:
+    """Writes one .bin/.idx pair: a context manager whose files appear under their names only on success.
+
+    Files grow as `*.partial` and are synced and renamed at the end, `.bin` first. From the beginning until
+    `write_sidecar` an (at first empty) `.json.partial` claims the prefix for us: it tells an interrupted run, which
+    may be done again, from foreign files, which are never overwritten.
+
+    Raises `UserError` for existing files that are not ours to replace, ValueError for an empty document, an id
+    outside the vocabulary, or no document at all; no partial file is left then.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int) -> None:
+        self.prefix = prefix
+        self.vocab_size = vocab_size
+        self._code = dtype_code(vocab_size)
+        self._dtype = DTYPES[self._code]
+        self._lengths = array("i")
+        self._pending: list[np.ndarray] = []
+        self._pending_tokens = 0
+        self._counts = np.zeros(vocab_size, np.int64)
+        self._bin_hash = hashlib.sha256()
+        self._idx_hash = hashlib.sha256()
+
+    def __enter__(self) -> "IndexedWriter":
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        claim = Path(f"{self.prefix}.json.partial")
+        existing = [path for path in _files(self.prefix) if os.path.exists(path)]
+        if f"{self.prefix}.json" in existing or (existing and not claim.exists()):
+            raise UserError(f"{existing[0]}: exists and is never overwritten; move it away or choose another prefix")
+        claim.touch()
+        self._bin = open(f"{self.prefix}.bin.partial", "wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._bin.close()
+            self._clean()
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Append one document: token ids that already end with the end-of-document token."""
+        if not len(ids):
+            raise ValueError("a document needs at least its end-of-document token")
+        self._lengths.append(len(ids))
+        self._pending.append(np.asarray(ids, np.int64))
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= FLUSH_TOKENS:
+            self._flush()
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    def sidecar(self, tokenizer_sha256: str, eod_id: int, utf8_bytes: int, source: str) -> "Sidecar":
+        """The sidecar of the pair, once it is written."""
+        tokens = int(self._counts.sum())
+        shares = self._counts[self._counts > 0] / tokens
+        return Sidecar(
+            tokenizer_sha256=tokenizer_sha256,
+            vocab_size=self.vocab_size,
+            eod_id=eod_id,
+            documents=self.num_documents,
+            tokens=tokens,
+            utf8_bytes=utf8_bytes,
+            unigram_entropy=max(0.0, -math.fsum(shares * np.log(shares))),
+            bin_bytes=tokens * self._dtype.itemsize,
+            bin_sha256=self._bin_hash.hexdigest(),
+            idx_sha256=self._idx_hash.hexdigest(),
+            source=source,
+        )
+
+    def _flush(self) -> None:
+        tokens = np.concatenate(self._pending)
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise ValueError(f"token ids {tokens.min()} … {tokens.max()} outside a vocabulary of {self.vocab_size}")
+        self._counts += np.bincount(tokens, minlength=self.vocab_size)
+        raw = tokens.astype(self._dtype).tobytes()
+        self._bin_hash.update(raw)
+        self._bin.write(raw)
+        self._pending.clear()
+        self._pending_tokens = 0
+
+    def _finish(self) -> None:
+        if not self.num_documents:
+            raise ValueError("no documents")
+        if self._pending:
+            self._flush()
+        lengths = np.frombuffer(self._lengths, np.int32)
+        sequences = len(lengths)
+        pointers = np.zeros(sequences, "<i8")
+        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
+        header = HEADER.pack(MAGIC, VERSION, self._code, sequences, sequences + 1)
+        with open(f"{self.prefix}.idx.partial", "wb") as idx:
+            for part in (header, lengths.astype("<i4"), pointers, np.arange(sequences + 1, dtype="<i8")):
+                idx.write(part)
+                self._idx_hash.update(part)
+            _sync(idx)
+        _sync(self._bin)
+        for suffix in ("bin", "idx"):
+            os.replace(f"{self.prefix}.{suffix}.partial", f"{self.prefix}.{suffix}")
+        sync_folder(self.prefix)
+
+    def _clean(self) -> None:
+        """Remove partial files; the claim too, unless it vouches for a .bin or .idx that waits for its sidecar."""
+        for suffix in ("bin", "idx"):
+            Path(f"{self.prefix}.{suffix}.partial").unlink(missing_ok=True)
+        if not any(os.path.exists(path) for path in _files(self.prefix)):
+            Path(f"{self.prefix}.json.partial").unlink(missing_ok=True)
+
+
+class Sidecar(BaseModel):
+    """What a .bin/.idx pair cannot say about itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format_version: Literal[1] = 1
+    tokenizer_sha256: str
+    """SHA-256 of the tokenizer.json that made the tokens."""
+    vocab_size: int = Field(ge=1)
+    """Every token id is below this."""
+    eod_id: int = Field(ge=0)
+    """Closes each document."""
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    """Tokens, end-of-document tokens included."""
+    utf8_bytes: int = Field(ge=0)
+    """Length of the text in UTF-8, for bits per byte."""
+    unigram_entropy: float = Field(ge=0, allow_inf_nan=False)
+    """Entropy in nats per token of this file's own token frequencies: what a model reaches that ignores context."""
+    bin_bytes: int = Field(ge=1)
+    bin_sha256: str
+    idx_sha256: str
+    source: str
+    """Where the text came from, in words."""
+
+
+def write_sidecar(prefix: str, sidecar: Sidecar) -> None:
+    """Write `prefix.json` atomically and durably; with it, the token files count as complete."""
+    partial = f"{prefix}.json.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(sidecar.model_dump_json(indent=2) + "\n")
+        _sync(file)
+    os.replace(partial, f"{prefix}.json")
+    sync_folder(prefix)
+
+
+def read_sidecar(prefix: str) -> Sidecar:
+    """Read `prefix.json` and compare it with the size of `prefix.bin`.
+
+    Raises `UserError` when either file is missing, the sidecar is malformed, or the sizes differ.
+    """
+    path, bin_path = f"{prefix}.json", f"{prefix}.bin"
+    if not os.path.isfile(bin_path):
+        raise UserError(f"{bin_path}: no such file; correct the prefix in [data], or make it: prepare_data.py")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file, so {bin_path} is unfinished or foreign; prepare it: prepare_data.py")
+    try:
+        sidecar = Sidecar.model_validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise UserError(f"{path}: {where}: {first['msg']}; {PREPARE_AGAIN}") from None
+    size = os.path.getsize(bin_path)
+    if size != sidecar.bin_bytes:
+        raise UserError(f"{bin_path}: {size} bytes, but {path} says {sidecar.bin_bytes}; {PREPARE_AGAIN}")
+    return sidecar
+
+
+def verify_hashes(prefix: str) -> None:
+    """Read both files whole and compare them with the sidecar's hashes. Raises `UserError` naming the damaged one."""
+    sidecar = read_sidecar(prefix)
+    for path, expected in ((f"{prefix}.bin", sidecar.bin_sha256), (f"{prefix}.idx", sidecar.idx_sha256)):
+        if file_sha256(path) != expected:
+            raise UserError(f"{path}: damaged, its SHA-256 is not the one in {prefix}.json; {PREPARE_AGAIN}")
+
+
+def check_dataset(prefix: str, vocab_size: int, tokenizer_sha256: str | None = None) -> Sidecar:
+    """Check that the token files of `prefix` are whole and suit a model; return their sidecar. Reads no tokens.
+
+    `vocab_size` is the model's; `tokenizer_sha256` that of the run's tokenizer.json, None if it has none.
+    Raises `UserError`.
+    """
+    sidecar = read_sidecar(prefix)
+    dataset = IndexedDataset(prefix)
+    dataset.close()
+    found, said = (dataset.num_documents, dataset.num_tokens), (sidecar.documents, sidecar.tokens)
+    if found != said:
+        raise UserError(
+            f"{prefix}.idx: {found[0]} documents, {found[1]} tokens, but {prefix}.json says {said[0]}, {said[1]};"
+            f" {PREPARE_AGAIN}"
+        )
+    if tokenizer_sha256 not in (None, sidecar.tokenizer_sha256):
+        raise UserError(
+            f"{prefix}.json: the data was tokenised with another tokenizer than the run's (tokenizer.json"
+            f" {sidecar.tokenizer_sha256[:12]}…, not {tokenizer_sha256[:12]}…); correct model.hf_assets_path,"
+            " or prepare the data again under another prefix"
+        )
+    if sidecar.vocab_size > vocab_size:
+        raise UserError(
+            f"{prefix}.json: token ids reach {sidecar.vocab_size - 1}, beyond the model's vocabulary;"
+            f" set model.vocab_size to {sidecar.vocab_size} or more (now {vocab_size})"
+        )
+    return sidecar
+
+
+def file_sha256(path: str) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_folder(path: str) -> None:
+    """Make renames in the folder that holds `path` durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _files(prefix: str) -> tuple[str, str, str]:
+    return f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json"

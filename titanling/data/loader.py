@@ -1,0 +1,259 @@
+"""Batches for the trainer: sample i of a run is a pure function of (data, seq_len, seed, i).
+
+Any rank at any world size and any step finds its samples in O(1); the only state is the number of samples consumed.
+"""
+
+import queue
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titanling.data.indexed import IndexedDataset
+from titanling.data.order import Permutation, order_key
+from titanling.errors import UserError
+from titanling.loss import IGNORE_INDEX
+
+Batch = dict[str, torch.Tensor]
+
+PREFETCH = 2
+# At most so many rows and tokens are ordered, read and handed from thread to thread together: each of the three has a
+# cost per call.
+READ_ROWS = 64
+READ_TOKENS = 1 << 17
+
+
+def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
+    """Windows of `seq_len` tokens in the dataset, each with the one token after it as its last label.
+
+    Raises `UserError` if there is none.
+    """
+    windows = (dataset.num_tokens - 1) // seq_len
+    if windows < 1:
+        raise UserError(
+            f"{dataset.prefix}.bin: {dataset.num_tokens} tokens are too few for one sequence of seq_len = {seq_len}"
+            f" (which needs {seq_len + 1}); use more text or a smaller training.seq_len"
+        )
+    return windows
+
+
+class WindowSource:
+    """The endless sample order over one dataset.
+
+    The flat token stream is cut into `num_windows` windows of `seq_len` tokens (plus one for the last label); every
+    epoch visits each window once, in an order keyed by (seed, name, epoch).
+    """
+
+    def __init__(self, dataset: IndexedDataset, seq_len: int, seed: int, name: str = "train") -> None:
+        self.dataset = dataset
+        self.seq_len = seq_len
+        self.seed = seed
+        self.name = name
+        self.num_windows = count_windows(dataset, seq_len)
+
+    def window_of(self, sample: int | np.ndarray) -> int | np.ndarray:
+        """Window of a sample of the run (0, 1, …): int for an int, else int64 in the shape of the array."""
+        if not isinstance(sample, np.ndarray):
+            return self._permutation(sample // self.num_windows).forward(sample % self.num_windows)
+        epochs, positions = np.divmod(sample, self.num_windows)
+        windows = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            windows[chosen] = self._permutation(epoch).forward(positions[chosen])
+        return windows
+
+    def samples_of_window(self, window: int | np.ndarray, epoch: int) -> int | np.ndarray:
+        """The sample of the run that shows `window` in `epoch` (0, 1, …): the inverse of `window_of`."""
+        return epoch * self.num_windows + self._permutation(epoch).inverse(window)
+
+    def read_windows(self, windows: np.ndarray) -> np.ndarray:
+        """Tokens of windows (rows,): (rows, seq_len + 1) in the file's dtype."""
+        return self.dataset.read_rows(windows * self.seq_len, self.seq_len + 1)
+
+    def sample(self, index: int) -> np.ndarray:
+        """Tokens of one sample of the run: (seq_len + 1,) in the file's dtype."""
+        return self.read_windows(np.array([self.window_of(index)]))[0]
+
+    def _permutation(self, epoch: int) -> Permutation:
+        return Permutation(self.num_windows, order_key(self.seed, self.name, epoch))
+
+
+class BatchStream(IterableDataset):
+    """The endless stream of one data-parallel rank's micro-batches, with the global position as its state.
+
+    Micro-batch after micro-batch, all ranks together take the next `local_batch_size × dp_world` samples, rank r the
+    r-th `local_batch_size` of them: the order of the samples depends neither on the world size nor on accumulation.
+
+    Yields {"input_ids", "labels"}: int64 CPU tensors (local_batch_size, seq_len), labels one token ahead. The next
+    batches are read by one daemon thread, which ends with its iterator; what it raises is raised by the iterator.
+    """
+
+    def __init__(self, source: WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1) -> None:
+        super().__init__()
+        self.source = source
+        self.local_batch_size = local_batch_size
+        self.dp_rank = dp_rank
+        self.dp_world = dp_world
+        self.samples = 0
+        """Global samples handed out so far; prefetched ones do not count."""
+        self._prefetcher: _Prefetcher | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        prefetcher = self._prefetcher = _Prefetcher(self._read_from(self.samples))
+        try:
+            for inputs, labels in prefetcher:
+                for pair in zip(inputs, labels, strict=True):
+                    if prefetcher.closed:
+                        return
+                    self.samples += self.local_batch_size * self.dp_world
+                    yield {"input_ids": torch.from_numpy(pair[0]), "labels": torch.from_numpy(pair[1])}
+        finally:
+            prefetcher.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """{"samples": global samples handed out}. Valid at any world size and batch size."""
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after `state["samples"]` samples. An iterator that is open ends; take a new one."""
+        self.close()
+        self.samples = int(state["samples"])
+
+    def close(self) -> None:
+        """End the open iterator, if any, and its thread."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def _read_from(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Inputs and labels of several micro-batches at a time, both (batches, local_batch_size, seq_len)."""
+        stride = self.local_batch_size * self.dp_world
+        rows = min(READ_ROWS, READ_TOKENS // self.source.seq_len)
+        batches = max(1, rows // self.local_batch_size)
+        begins = self.dp_rank * self.local_batch_size + stride * np.arange(batches)
+        block = (begins[:, None] + np.arange(self.local_batch_size)).reshape(-1)
+        shape = (batches, self.local_batch_size, self.source.seq_len)
+        while True:
+            inputs, labels = _split(self.source.read_windows(self.source.window_of(first + block)))
+            yield inputs.reshape(shape), labels.reshape(shape)
+            first += stride * batches
+
+
+def build_loader(
+    dataset: IndexedDataset,
+    seq_len: int,
+    seed: int,
+    local_batch_size: int,
+    dp_rank: int = 0,
+    dp_world: int = 1,
+    name: str = "train",
+) -> StatefulDataLoader:
+    """torchdata's loader around a `BatchStream` (its `.dataset`): in process, no worker processes, no collation.
+
+    Its state is small and JSON-serialisable, the same on all ranks, and may be loaded at another world size.
+    """
+    stream = BatchStream(WindowSource(dataset, seq_len, seed, name), local_batch_size, dp_rank, dp_world)
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls a function that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", message=".*set_vital.*")
+        return StatefulDataLoader(stream, batch_size=None, num_workers=0)
+
+
+def validation_batches(
+    dataset: IndexedDataset,
+    seq_len: int,
+    local_batch_size: int,
+    num_batches: int = -1,
+    dp_rank: int = 0,
+    dp_world: int = 1,
+) -> Iterator[Batch]:
+    """The fixed validation set: `num_batches × local_batch_size` windows spread evenly over the file (-1: all).
+
+    The set is the same at any world size. Every rank yields the same number of batches, as collectives need, in the
+    form of `BatchStream`'s; rows beyond the set have all labels IGNORE_INDEX.
+    """
+    windows = count_windows(dataset, seq_len)
+    wanted = windows if num_batches < 0 else min(windows, num_batches * local_batch_size)
+    starts = np.arange(wanted) * windows // wanted * seq_len
+    return _validation_rows(dataset, seq_len, starts, local_batch_size, dp_rank, dp_world)
+
+
+def _validation_rows(
+    dataset: IndexedDataset, seq_len: int, starts: np.ndarray, local_batch_size: int, dp_rank: int, dp_world: int
+) -> Iterator[Batch]:
+    for first in range(0, len(starts), local_batch_size * dp_world):
+        rows = first + dp_rank * local_batch_size + np.arange(local_batch_size)
+        beyond = rows >= len(starts)
+        inputs, labels = _split(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
+        labels[beyond] = IGNORE_INDEX
+        yield {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+
+
+def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, seq_len + 1) tokens as contiguous int64 inputs and labels, both (rows, seq_len)."""
+    return tokens[:, :-1].astype(np.int64, order="C"), tokens[:, 1:].astype(np.int64, order="C")
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _Prefetcher:
+    """Iterates over `items` in a daemon thread, `PREFETCH` ahead, until closed, dropped or the interpreter exits."""
+
+    def __init__(self, items: Iterator) -> None:
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(PREFETCH):
+            self._wanted.put(True)
+        thread = threading.Thread(
+            target=_produce, args=(items, self._wanted, self._ready), name="data-prefetch", daemon=True
+        )
+        # The finalizer must not refer to self: it also runs when self is dropped, and at exit while threads still live.
+        self._finalizer = weakref.finalize(self, _stop, thread, self._wanted)
+        thread.start()
+
+    def __iter__(self) -> "_Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        if self.closed:
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, _Failure):
+            self.close()
+            raise item.error
+        self._wanted.put(True)
+        return item
+
+    @property
+    def closed(self) -> bool:
+        """Whether the thread has been told to stop."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end."""
+        self._finalizer()
+
+
+def _produce(items: Iterator, wanted: "queue.SimpleQueue[bool]", ready: queue.SimpleQueue) -> None:
+    """Make one item for each True in `wanted`, until a False."""
+    try:
+        while wanted.get():
+            ready.put(next(items))
+    except BaseException as error:
+        ready.put(_Failure(error))
+
+
+def _stop(thread: threading.Thread, wanted: "queue.SimpleQueue[bool]") -> None:
+    wanted.put(False)
+    if thread is not threading.current_thread():  # garbage collection may run this in the thread itself
+        thread.join()
