@@ -1,0 +1,92 @@
+"""AdamW, clipping, and the guard that skips a step whose gradients are not finite, all without a host sync."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titanling.config.schema import Optimizer
+
+State = dict[str, Tensor]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019). Only parameters of two or more dimensions decay, not the norms."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+    )
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The optimizer's tensors as `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`, made (as zeros) where missing.
+
+    They are the optimizer's own tensors: loading into them in place restores it.
+    """
+    state: State = {}
+    for name, parameter in model.named_parameters():
+        own = optimizer.state[parameter]
+        if not own:
+            own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            own["exp_avg"] = torch.zeros_like(parameter)
+            own["exp_avg_sq"] = torch.zeros_like(parameter)
+        state |= {f"{name}.{key}": own[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+    return state
+
+
+class LossScaler:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018), on the device.
+
+    Halves the scale after a step with non-finite gradients, doubles it after `interval` good steps in a row.
+    """
+
+    def __init__(self, enabled: bool, device: torch.device, interval: int = 2000) -> None:
+        self.enabled = enabled
+        self.interval = interval
+        self.scale = torch.tensor(65536.0 if enabled else 1.0, device=device)
+        self.good_steps = torch.tensor(0.0, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Adapt to one step; `found_inf` is 1.0 or 0.0."""
+        if not self.enabled:
+            return
+        self.good_steps = (self.good_steps + 1) * (1 - found_inf)
+        grow = (self.good_steps >= self.interval).float()
+        self.scale = self.scale * (1 - 0.5 * found_inf) * (1 + grow)
+        self.good_steps = self.good_steps * (1 - grow)
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint; empty without float16."""
+        if not self.enabled:
+            return {}
+        return {"scale": self.scale.item(), "good_steps": self.good_steps.item()}
+
+    def load(self, state: dict[str, float]) -> None:
+        """From a checkpoint. A run that newly uses float16, or no longer does, keeps its own start."""
+        if self.enabled and state:
+            self.scale.fill_(state["scale"])
+            self.good_steps.fill_(state["good_steps"])
+
+
+def clip_and_step(optimizer: torch.optim.AdamW, max_norm: float, scaler: LossScaler) -> tuple[Tensor, Tensor]:
+    """Unscale and clip the gradients, then update the parameters, unless a gradient is not finite.
+
+    Returns the global gradient norm before clipping and found_inf, both 0-dim float32 on the device. With
+    found_inf = 1 the fused kernel leaves parameters and optimizer state bit-equal and does not count the step.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float() / scaler.scale
+    found_inf = (~torch.isfinite(norm)).float()
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scaler.scale
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], coefficient)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.step()
+    scaler.update(found_inf)
+    return norm, found_inf
