@@ -1,0 +1,54 @@
+"""Continue a text with a checkpoint's model."""
+
+import argparse
+from pathlib import Path
+
+from titanling import cli
+
+EXAMPLE = (
+    "example: python scripts/generate.py --checkpoint outputs/debug/checkpoints/step-000200"
+    ' --prompt "def fibonacci(n):" --temperature 0.7 --top-p 0.9'
+)
+
+
+def main() -> None:
+    """Arguments → generate."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a step-… folder")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all (default)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1: off (default 0.95)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer directory (default: the one of the run)")
+    arguments = parser.parse_args()
+
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("needs --max-new-tokens ≥ 1, --temperature ≥ 0, --top-k ≥ 0 and 0 < --top-p ≤ 1")
+
+    import torch  # takes seconds: not for --help
+
+    from titanling.checkpoint.weights import find_tokenizer, load_model
+    from titanling.model.generate import generate
+
+    saved = load_model(arguments.checkpoint)
+    _, files = find_tokenizer(saved, arguments.tokenizer)
+    # Documents follow an end-of-text token in training, so an empty prompt starts after one.
+    prompt = files.tokenizer.encode(arguments.prompt).ids or [files.eod_id]
+    new = generate(
+        saved.model,
+        torch.tensor(prompt),
+        arguments.max_new_tokens,
+        n_layers=saved.shape.n_layers,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_id=files.eod_id,
+    )
+    print(arguments.prompt + files.tokenizer.decode(new))
+
+
+if __name__ == "__main__":
+    cli.run(main)
