@@ -1,0 +1,305 @@
+"""The training algorithm, top to bottom: build, train_step, evaluate, save, stop. Here alone all rooms meet."""
+
+import gc
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanling import __version__
+from titanling.checkpoint.checkpointer import Checkpointer
+from titanling.checkpoint.resume import check_resumable
+from titanling.config import Config
+from titanling.data.indexed import IndexedDataset, read_sidecar
+from titanling.data.loader import build_loader, validation_batches
+from titanling.data.prepare.tokenizer import load_tokenizer
+from titanling.loss import IGNORE_INDEX, cross_entropy_sum
+from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
+from titanling.model.generate import generate
+from titanling.model.llama import build_on_meta
+from titanling.model.presets import LlamaShape
+from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
+from titanling.parallel import data as data_parallel
+from titanling.parallel.compile import compile_blocks, compile_loss, uncompiled
+from titanling.parallel.degrees import Degrees, accumulation_steps
+from titanling.parallel.mesh import start_world, stop_world
+from titanling.parallel.precision import compute_dtype, compute_in
+from titanling.schedule import lr_factor
+
+Batch = dict[str, Tensor]
+
+
+class Trainer:
+    """One run. Build it on every rank, then call `train`, then `close`."""
+
+    def __init__(self, config: Config, shape: LlamaShape, degrees: Degrees) -> None:
+        self.config, self.shape = config, shape
+        self.run_folder = Path(config.job.dump_folder)
+        torch.use_deterministic_algorithms(config.debug.deterministic)
+        self.world = start_world(degrees, config.comm)
+        self.accumulation = accumulation_steps(config.training, degrees.dp)
+        self.sequences = config.training.local_batch_size * degrees.dp * self.accumulation
+        self.step = self.tokens_seen = 0
+        self.losses: dict[str, float] = {}
+        self.skipped_steps = torch.zeros((), device=self.world.device)
+        self._build_model()
+        self._build_data()
+        self._build_metrics()
+        self.checkpointer = Checkpointer(config.checkpoint, self.run_folder, self.world)
+        self._describe()
+        self._resume()
+
+    def _build_model(self) -> None:
+        training, world = self.config.training, self.world
+        self.model = build_on_meta(self.shape, getattr(torch, training.dtype))
+        self.compute_dtype = compute_dtype(world.device, training)
+        compute_in(self.model, self.compute_dtype)
+        compile_blocks(self.model, self.config.compile)
+        data_parallel.shard(self.model, world, self.config.parallelism, training)
+        data_parallel.materialize(self.model, world, self.config.debug.seed)
+        self.module = data_parallel.replicate(self.model, world)
+        self.loss = compile_loss(cross_entropy_sum, self.config.compile)
+        self.optimizer = build_optimizer(self.model.parameters(), self.config.optimizer)
+        self.scaler = LossScaler(training.mixed_precision_param == "float16", world.device)
+
+    def _build_data(self) -> None:
+        training, seed = self.config.training, self.config.debug.seed
+        train, validation = self.config.data.train, self.config.data.validation
+        assert train is not None  # check_runnable saw to it
+        self.loader = build_loader(
+            IndexedDataset(train),
+            training.seq_len,
+            seed,
+            training.local_batch_size,
+            dp_rank=self.world.rank,
+            dp_world=self.world.size,
+        )
+        self.batches = iter(self.loader)
+        sidecar = read_sidecar(train)
+        self.data_identity = {
+            "bin_sha256": sidecar.bin_sha256,
+            "idx_sha256": sidecar.idx_sha256,
+            "seq_len": training.seq_len,
+            "seed": seed,
+        }
+        if self.config.validation.enable and validation is not None:
+            self.validation_set = IndexedDataset(validation)
+            held_out = read_sidecar(validation)
+            self.bytes_per_token = held_out.utf8_bytes / held_out.tokens
+        assets = self.config.model.hf_assets_path
+        self.tokenizer = load_tokenizer(assets) if self.config.sampling.freq and assets else None
+
+    def _build_metrics(self) -> None:
+        shape, training, device = self.shape, self.config.training, self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.peak_flops = peak_flops(name, training.mixed_precision_param)
+        matmul_params = shape.matmul_params + shape.embedding_params
+        self.flops = flops_per_token(matmul_params, shape.n_layers, shape.n_heads, shape.head_dim, training.seq_len)
+        self.metrics = MetricsLogger(
+            self.config.metrics,
+            self.run_folder,
+            self.world.rank,
+            training.steps,
+            self.config.model_dump(mode="json"),
+            device_name=name,
+            peak_flops=self.peak_flops,
+        )
+        self.throughput = Throughput(torch.cuda.synchronize if device.type == "cuda" else None)
+
+    def _describe(self) -> None:
+        shape, training, world = self.shape, self.config.training, self.world
+        say = self.metrics.info
+        say(f"titanling {__version__}, torch {torch.__version__}: {self.config.job.description}")
+        tied = ", tied embeddings" if shape.tie_embeddings else ""
+        say(f"model: {shape.total_params:,} parameters, {shape.non_embedding_params:,} non-embedding{tied}")
+        tokens = self.sequences * training.seq_len
+        say(
+            f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
+            f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
+        )
+        layout = type(self.module).__name__ if world.size > 1 else "one device"
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        say(f"layout: {layout} on {world.device.type}, {dtype}")
+        if dtype != training.mixed_precision_param:
+            say(f"this CPU has no {training.mixed_precision_param} units: computing in {dtype}, faster and more exact")
+
+    def _resume(self) -> None:
+        path = self.checkpointer.newest()
+        if path is None:
+            self.metrics.resume_at(0)
+            return
+        self.checkpointer.verify(path)
+        state, changes = check_resumable(
+            path, asdict(self.shape), self.data_identity, self.config.model_dump(mode="json")
+        )
+        self.checkpointer.load(path, *self._tensors())
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        changes += [f"set the later {later} aside" for later in self.checkpointer.supersede(self.step)]
+        self.skipped_steps.fill_(state["skipped_steps"])
+        self.scaler.load(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.batches = iter(self.loader)
+        self.metrics.resume_at(self.step)
+        self.metrics.info(f"resumed from {path}" + "".join(f"; {change}" for change in changes))
+
+    def train(self) -> dict[str, float]:
+        """Run to training.steps: train, and where due log, validate, sample and save. Returns the last losses."""
+        config = self.config
+        gc.disable()  # a collection that strikes ranks at different steps makes them wait for each other
+        with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
+            while self.step < config.training.steps:
+                loss, grad_norm, lr = self.train_step()
+                self.throughput.step(self.sequences * config.training.seq_len)
+                last = self.step == config.training.steps
+                if last or self.step % config.metrics.log_freq == 0 or self.step == 1:
+                    self._log(loss, grad_norm, lr)
+                with self.throughput.paused():
+                    self._between_steps(last)
+                profiler.step()
+        return self.losses
+
+    def _between_steps(self, last: bool) -> None:
+        config, step = self.config, self.step
+        if config.validation.enable and (last or step % config.validation.freq == 0):
+            self.evaluate()
+        if config.sampling.freq and (last or step % config.sampling.freq == 0):
+            self.sample()
+        if self.checkpointer.due(step, last):
+            self.save()
+        if step % config.training.gc_freq == 0:
+            gc.collect(1)
+
+    def train_step(self) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step over the global batch.
+
+        Returns the loss summed over this rank's tokens divided by the valid targets of all ranks (the mean loss is
+        its sum over ranks), the gradient norm before clipping, both 0-dim on the device, and the learning rate.
+        Nothing here waits for the device.
+        """
+        training = self.config.training
+        lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, training.steps, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.shape.dropout:
+            # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
+            seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
+            torch.manual_seed(seed % 2**63)
+        batches = [self._to_device(next(self.batches)) for _ in range(self.accumulation)]
+        valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum().float()
+        targets = self.world.sum_(valid)
+        loss = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(batches):
+            data_parallel.sync_gradients(self.module, index == self.accumulation - 1)
+            logits = self.module(batch["input_ids"])
+            micro_loss = self.loss(logits, batch["labels"]) / targets
+            del logits
+            # Data parallelism averages gradients over ranks; the loss is a sum over them.
+            (micro_loss * (self.world.size * self.scaler.scale)).backward()
+            loss += micro_loss.detach()
+        grad_norm, found_inf = clip_and_step(self.optimizer, training.max_norm, self.scaler)
+        self.optimizer.zero_grad()
+        self.skipped_steps += found_inf
+        self.step += 1
+        self.tokens_seen += self.sequences * training.seq_len
+        return loss, grad_norm, lr
+
+    def evaluate(self) -> None:
+        """Mean loss in nats per token over the validation set, which is the same at any world size."""
+        settings, training, start = self.config.validation, self.config.training, time.perf_counter()
+        totals = torch.zeros(2, device=self.world.device, dtype=torch.float64)
+        seq_len = settings.seq_len or training.seq_len
+        batches = validation_batches(
+            self.validation_set, seq_len, settings.local_batch_size, settings.steps, self.world.rank, self.world.size
+        )
+        with data_parallel.evaluation(self.module):
+            for batch in map(self._to_device, batches):
+                logits = self.module(batch["input_ids"])
+                totals[0] += self.loss(logits, batch["labels"])
+                totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
+                del logits
+        loss_sum, tokens = self.world.sum_(totals).tolist()
+        loss = self.losses["validation loss"] = loss_sum / tokens
+        self.metrics.log_validation(
+            {
+                "step": self.step,
+                "val_loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+
+    def sample(self) -> None:
+        """Print a continuation of each prompt."""
+        settings, files = self.config.sampling, self.tokenizer
+        assert files is not None  # check_runnable saw to it
+        for prompt in settings.prompts:
+            ids = torch.tensor(files.tokenizer.encode(prompt).ids)
+            with data_parallel.evaluation(self.module), uncompiled():
+                new = generate(
+                    self.model,
+                    ids,
+                    settings.max_new_tokens,
+                    n_layers=self.shape.n_layers,
+                    temperature=settings.temperature,
+                    seed=self.config.debug.seed,
+                    stop_id=files.eod_id,
+                )
+            self.metrics.log_text(self.step, "sample", prompt + files.tokenizer.decode(new))
+
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        state: dict[str, Any] = {
+            "format": 1,
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": self.skipped_steps.item(),
+            "scaler": self.scaler.state(),
+            "loader": self.loader.state_dict(),
+            "data": self.data_identity,
+            "model": asdict(self.shape),
+            "config": self.config.model_dump(mode="json"),
+        }
+        path = self.checkpointer.save(self.step, *self._tensors(), state)
+        self.metrics.info(f"saved {path}")
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What a checkpoint holds of the model and of the optimizer, by name: the live tensors, not copies."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return weights, optimizer_state(self.model, self.optimizer)
+
+    def close(self) -> None:
+        """Flush the metrics and leave the process group."""
+        self.metrics.close()
+        stop_world(self.world)
+
+    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        mean_loss = self.losses["training loss"] = self.world.sum_(loss).item()
+        row: dict[str, float | int] = {
+            "step": self.step,
+            "loss": mean_loss,
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": int(self.skipped_steps.item()),
+            "memory_bytes": device_memory(self.world.device.type).peak,
+        }
+        rate = self.throughput.read()
+        row |= {"tokens_per_second": rate.tokens_per_second, "step_seconds": rate.step_seconds}
+        if self.peak_flops is not None:
+            speed = rate.tokens_per_second / self.world.size
+            row["mfu_full"] = mfu(speed, self.flops.full, self.peak_flops)
+            row["mfu_causal"] = mfu(speed, self.flops.causal, self.peak_flops)
+        if self.scaler.enabled:
+            row["loss_scale"] = self.scaler.scale.item()
+        self.metrics.log_step(row)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.world.device
+        if device.type == "cuda":  # only from pinned memory does a copy not make the host wait
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
