@@ -1,0 +1,165 @@
+"""Loading speed: tokens/s of titanling's loader beside a bare memory-map gather of the same windows, and resuming.
+
+A file of random tokens is written first and read once, so that it is in the page cache. Then the loader and two bare
+loops over the same windows in the same order take turns: one copies the raw tokens, one also makes the loader's int64
+inputs and labels. Resuming is timed from nothing to the first batch, at sample 0 and at sample 10⁹. Free disk needed:
+2 bytes a token.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import machine, say, write_json
+from rich.console import Console
+from rich.table import Table
+
+from titanling.data.indexed import IndexedDataset, IndexedWriter, write_sidecar
+from titanling.data.loader import WindowSource, build_loader
+
+EXAMPLE = "example: python benchmarks/loader.py --tokens 500_000_000 --json results.json"
+VOCAB = 32_768
+DOCUMENT = 1_000_000
+SEED = 0
+SEQ_LEN, BATCH = 2048, 8
+FAR = 10**9
+TARGET_SPEED, TARGET_RESUME = 50e6, 0.010
+
+
+def main() -> None:
+    """Arguments → file → measurements → table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="size of the file (default 100_000_000)")
+    parser.add_argument("--batches", type=int, default=2000, help="batches of 8 × 2048 in a turn (default 2000)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--resumes", type=int, default=50, help="resumes at each sample (default 50)")
+    parser.add_argument("--folder", help="where the file is made for the time being (default: the temporary folder)")
+    parser.add_argument("--json", metavar="OUT", help="also write the results here")
+    parser.add_argument("--smoke", action="store_true", help="seconds: a small file, few batches")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.tokens, arguments.batches, arguments.rounds, arguments.resumes = 2_000_000, 50, 2, 3
+    results: dict[str, Any] = {"benchmark": "loader", "machine": machine(), "settings": vars(arguments)}
+    with tempfile.TemporaryDirectory(prefix="titanling-benchmark-", dir=arguments.folder) as folder:
+        prefix = str(Path(folder) / "tokens")
+        write_tokens(prefix, arguments.tokens)
+        dataset = IndexedDataset(prefix)
+        with open(f"{prefix}.bin", "rb") as file:  # into the page cache
+            while file.read(1 << 24):
+                pass
+        results["speed"] = measure_speed(dataset, prefix, arguments.batches, arguments.rounds)
+        results["resume"] = measure_resume(dataset, arguments.resumes)
+        dataset.close()
+    report(results["speed"], results["resume"])
+    write_json(arguments.json, results)
+
+
+def write_tokens(prefix: str, tokens: int) -> None:
+    """Random tokens in documents of a million."""
+    say(f"writing {tokens:,} tokens")
+    random = np.random.default_rng(0)
+    with IndexedWriter(prefix, VOCAB) as writer:
+        for first in range(0, tokens, DOCUMENT):
+            writer.add_document(random.integers(0, VOCAB, min(DOCUMENT, tokens - first)))
+    write_sidecar(prefix, writer.sidecar("none", eod_id=0, utf8_bytes=tokens, source="random tokens"))
+
+
+def measure_speed(dataset: IndexedDataset, prefix: str, batches: int, rounds: int) -> dict[str, Any]:
+    """Tokens/s of each way in each round."""
+    source = WindowSource(dataset, SEQ_LEN, SEED)
+    # The bare loops are given the order; the loader has to find it.
+    starts = (source.window_of(np.arange(batches * BATCH)) * SEQ_LEN).reshape(batches, BATCH)
+    tokens = np.memmap(f"{prefix}.bin", dtype=dataset.dtype, mode="r")
+    ways: dict[str, Callable[[], None]] = {
+        "loader": lambda: read_loader(dataset, batches),
+        "gather": lambda: gather(tokens, starts, convert=False),
+        "gather_int64": lambda: gather(tokens, starts, convert=True),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}")
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            speeds[name].append(batches * BATCH * SEQ_LEN / (time.perf_counter() - start))
+    ratios = [loader / bare for loader, bare in zip(speeds["loader"], speeds["gather_int64"], strict=True)]
+    return {"tokens_per_second": speeds, "ratio_to_gather_int64": statistics.median(ratios), "target": TARGET_SPEED}
+
+
+def read_loader(dataset: IndexedDataset, batches: int) -> None:
+    """`batches` batches as the trainer takes them, the loader's own start included."""
+    loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+    iterator = iter(loader)
+    for _ in range(batches):
+        next(iterator)
+    loader.dataset.close()
+
+
+def gather(tokens: np.ndarray, starts: np.ndarray, convert: bool) -> None:
+    """Copy each batch's windows out of the memory map; `convert` to inputs and labels in int64."""
+    for rows in starts:
+        batch = np.stack([tokens[start : start + SEQ_LEN + 1] for start in rows.tolist()])
+        if convert:
+            batch[:, :-1].astype(np.int64, order="C")
+            batch[:, 1:].astype(np.int64, order="C")
+
+
+def measure_resume(dataset: IndexedDataset, repeats: int) -> dict[str, Any]:
+    """Seconds from nothing to the first batch with a state from the start and from sample 10⁹ on, taking turns."""
+    states = {sample: state_at(dataset, sample) for sample in (0, FAR)}
+    seconds: dict[int, list[float]] = {sample: [] for sample in states}
+    for _ in range(repeats):
+        for sample, state in states.items():
+            start = time.perf_counter()
+            loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+            loader.load_state_dict(state)
+            next(iter(loader))
+            seconds[sample].append(time.perf_counter() - start)
+            loader.dataset.close()
+    near, far = (statistics.median(found) for found in seconds.values())
+    return {"seconds_at_0": near, "seconds_at_1e9": far, "difference": far - near, "target": TARGET_RESUME}
+
+
+def state_at(dataset: IndexedDataset, sample: int) -> dict[str, Any]:
+    """The state that a loader saves one batch after `sample`."""
+    loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+    loader.dataset.load_state_dict({"samples": sample})
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.dataset.close()
+    return state
+
+
+def report(speed: dict[str, Any], resume: dict[str, Any]) -> None:
+    """Print the medians."""
+    table = Table(title=f"loading {BATCH} × {SEQ_LEN} tokens, warm cache")
+    for column in ("", "M tokens/s", "min … max"):
+        table.add_column(column, justify="right")
+    titles = {
+        "loader": "titanling's loader (order, read, int64 inputs and labels)",
+        "gather": "bare gather from a memory map",
+        "gather_int64": "bare gather, int64 inputs and labels",
+    }
+    for name, found in speed["tokens_per_second"].items():
+        millions = [value / 1e6 for value in found]
+        table.add_row(titles[name], f"{statistics.median(millions):.0f}", f"{min(millions):.0f} … {max(millions):.0f}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"loader {speed['ratio_to_gather_int64']:.2f} × the like gather (target {TARGET_SPEED / 1e6:.0f} M/s)"
+    )
+    milliseconds = [1e3 * resume[key] for key in ("seconds_at_0", "seconds_at_1e9", "difference")]
+    console.print(
+        "first batch after {:.2f} ms at sample 0, {:.2f} ms at sample 10⁹: {:+.2f} ms (target below {:.0f})".format(
+            *milliseconds, 1e3 * TARGET_RESUME
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
