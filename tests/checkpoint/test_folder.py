@@ -1,0 +1,201 @@
+"""Checkpoints as folders: whole or absent, and every kind of damage named. No torch here."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from titanling.checkpoint import folder
+from titanling.errors import UserError
+
+FILES = {
+    "model/a.safetensors": b"weights" * 40,
+    "optimizer/b.safetensors": b"moments" * 40,
+    "state.json": b'{"a": 1}\n',
+}
+
+
+def make(root: Path, step: int, files: dict[str, bytes] = FILES) -> Path:
+    """A checkpoint with these files, as a save leaves it."""
+    final = folder.step_folder(root, step)
+    partial = folder.begin(final)
+    for name, content in files.items():
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_bytes(content)
+    folder.commit(partial, {name: folder.digest(partial / name) for name in folder.files_of(partial)})
+    return final
+
+
+def problem(checkpoint: Path) -> str | None:
+    """What a resume would say is wrong with it."""
+    try:
+        manifest = folder.read_manifest(checkpoint)
+        return folder.damage(checkpoint, sorted(manifest), manifest)
+    except UserError as error:
+        return str(error)
+
+
+def names(root: Path) -> list[str]:
+    """What is in the folder of the checkpoints."""
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_a_whole_checkpoint(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 100)
+    assert checkpoint.name == "step-000100"
+    assert names(tmp_path) == ["step-000100"]
+    assert folder.files_of(checkpoint) == sorted(FILES)
+    assert problem(checkpoint) is None
+
+
+def test_steps_are_sorted_as_numbers_and_nothing_else_counts(tmp_path: Path) -> None:
+    for step in (1_000_000, 20, 3):
+        make(tmp_path, step)
+    for name in ("step-000004.partial", "step-000005.deleted", "step-5", "notes", "step-000006.superseded"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000007").write_text("a file")
+    assert folder.list_steps(tmp_path) == [3, 20, 1_000_000]
+    assert folder.list_steps(tmp_path / "absent") == []
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path, 3)
+    for name in ("step-000004.partial", "step-000005.deleted", "mine.partial", "step-000006.superseded"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    folder.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["mine.partial", "step-000003", "step-000006.superseded"]
+    folder.remove_leftovers(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4]), (2, [3, 4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_retention(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    folder.retain(tmp_path, keep)
+    assert folder.list_steps(tmp_path) == left
+    assert len(names(tmp_path)) == len(left)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    again = make(tmp_path, 1, {"state.json": b"{}\n"})
+    assert folder.files_of(again) == ["state.json"]
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_later_checkpoints_are_set_aside_and_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    assert folder.set_aside(tmp_path, 1) == ["step-000002.superseded", "step-000003.superseded"]
+    make(tmp_path, 2)
+    assert folder.set_aside(tmp_path, 1) == ["step-000002.superseded"]
+    assert names(tmp_path) == ["step-000001", "step-000002.superseded", "step-000003.superseded"]
+    assert problem(tmp_path / "step-000003.superseded") is None
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+# Where a save or a deletion may be cut short: each call that changes the disk.
+CALLS = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text"), (os, "unlink"), (os, "rmdir")]
+
+
+@pytest.mark.parametrize(("owner", "name"), CALLS, ids=[name for _, name in CALLS])
+@pytest.mark.parametrize("moment", range(6))
+def test_cut_short_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, moment: int
+) -> None:
+    """Die before the n-th call of one kind while a step is saved again and an old one retired."""
+    for step in (1, 2):
+        make(tmp_path, step)
+    original, calls = getattr(owner, name), iter(range(1000))
+
+    def dying(*arguments: object, **options: object) -> object:
+        if next(calls) == moment:
+            raise Crash
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        try:
+            make(tmp_path, 2)
+            make(tmp_path, 3)
+            folder.retain(tmp_path, 2)
+        except Crash:
+            pass
+    folder.remove_leftovers(tmp_path)
+    steps = folder.list_steps(tmp_path)
+    assert steps, "nothing is left to resume from"
+    assert names(tmp_path) == [f"step-{step:06d}" for step in steps]
+    for step in steps:
+        assert problem(folder.step_folder(tmp_path, step)) is None
+
+
+@pytest.mark.parametrize("name", [*FILES, folder.MANIFEST])
+def test_every_flipped_bit_is_named(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path, 1) / name
+    content = path.read_bytes()
+    for position in range(len(content)):
+        bit = 1 << (position % 8)
+        path.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
+        found = problem(path.parents[name.count("/")])
+        if name == folder.MANIFEST and found is None:
+            # White space may be flipped into other white space: the content is the same.
+            assert json.loads(path.read_bytes()) == json.loads(content)
+        else:
+            assert found is not None and str(path) in found, position
+        assert found is None or "\n" not in found
+
+
+@pytest.mark.parametrize("name", [*FILES, folder.MANIFEST])
+@pytest.mark.parametrize("length", [None, 0, 5, -1])
+def test_truncated_or_missing_files_are_named(tmp_path: Path, name: str, length: int | None) -> None:
+    path = make(tmp_path, 1) / name
+    content = path.read_bytes()
+    path.unlink()
+    if length is not None:
+        # The manifest's last byte is a line break, which means nothing.
+        path.write_bytes(content.rstrip()[:length] if name == folder.MANIFEST else content[:length])
+    found = problem(path.parents[name.count("/")])
+    assert found is not None and str(path) in found
+
+
+def test_a_file_that_grew_and_one_that_does_not_belong(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 1)
+    (checkpoint / "notes.txt").write_text("mine")
+    assert problem(checkpoint) is None
+    stranger = checkpoint / "model" / "other.safetensors"
+    stranger.write_bytes(b"x")
+    assert str(stranger) in str(problem(checkpoint))
+    stranger.unlink()
+    with (checkpoint / "state.json").open("ab") as file:
+        file.write(b"\n")
+    assert str(checkpoint / "state.json") in str(problem(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "model/../../../secret"])
+def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = make(tmp_path, 1)
+    manifest = json.loads((checkpoint / folder.MANIFEST).read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    (checkpoint / folder.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="outside the checkpoint"):
+        folder.read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 2, "files": {}}', '{"format": 1, "files": []}', "{"])
+def test_a_strange_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    checkpoint = make(tmp_path, 1)
+    (checkpoint / folder.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match="manifest.json"):
+        folder.read_manifest(checkpoint)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        folder.read_manifest(tmp_path / "step-000001")
+    shutil.rmtree(make(tmp_path, 1) / "model")
+    assert "model/a.safetensors: missing" in str(problem(tmp_path / "step-000001"))
