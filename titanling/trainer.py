@@ -274,6 +274,7 @@ class Trainer:
 
     def close(self) -> None:
         """Flush the metrics and leave the process group."""
+        gc.enable()
         self.metrics.close()
         stop_world(self.world)
 
