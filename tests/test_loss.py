@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titanling.loss import IGNORE_INDEX, cross_entropy_sum
+from titanling.loss import CHUNK, IGNORE_INDEX, cross_entropy_sum
 
 
 def batch(batch: int, seq: int, vocab: int, ignored: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,10 +42,10 @@ def by_hand(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
 )
 def test_value_and_gradient(rows: int, seq: int, vocab: int, ignored: float, seed: int) -> None:
     logits, labels = batch(rows, seq, vocab, ignored, seed)
+    wanted, gradient = by_hand(logits, labels)
     logits.requires_grad_()
-    loss = cross_entropy_sum(logits, labels)
+    loss = cross_entropy_sum(logits, labels)  # overwrites the logits
     loss.backward()
-    wanted, gradient = by_hand(logits.detach(), labels)
     assert loss.shape == () and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     assert logits.grad is not None
@@ -73,14 +73,28 @@ def test_nothing_to_learn() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     logits, labels = batch(4, 64, 100, 0.1)
-    half = logits.to(dtype).requires_grad_()
+    half = logits.to(dtype)
+    wanted, gradient = by_hand(half, labels)
+    half.requires_grad_()
     loss = cross_entropy_sum(half, labels)
     loss.backward()
-    wanted, gradient = by_hand(half.detach(), labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(wanted, rel=1e-6)  # a sum in half precision would be off by 1e-3 or more
     assert half.grad is not None and half.grad.dtype == dtype
     assert (half.grad.double() - gradient).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 100])
+def test_any_chunk_gives_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = batch(4, 8, 50, 0.2)
+    wanted, gradient = by_hand(logits, labels)
+    monkeypatch.setitem(CHUNK, "cpu", rows * 50)
+    before = logits.clone()
+    assert cross_entropy_sum(logits, labels).item() == pytest.approx(wanted, rel=1e-5)
+    assert torch.equal(logits, before)  # nothing is overwritten where no gradient is due
+    logits.requires_grad_()
+    (2 * cross_entropy_sum(logits, labels)).backward()
+    assert logits.grad is not None and (logits.grad.double() - 2 * gradient).abs().max() <= 2e-6
 
 
 def test_large_logits() -> None:

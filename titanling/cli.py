@@ -24,6 +24,9 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         code = _refuse(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        code = 130
     except BrokenPipeError:
         # Whoever read our output (head, less) has left; the interpreter's last flush must not fail on it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

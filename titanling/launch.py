@@ -6,7 +6,7 @@
 Everything after `--` goes to the program (`--module NAME`, default titanling.train). Each process gets the variables
 that `torchrun` sets and torch.distributed's `env://` start-up reads: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
 GROUP_RANK, MASTER_ADDR, MASTER_PORT. `torchrun -m titanling.train` works as well; this launcher exists because our
-exit codes and a checkpoint on SIGTERM are promises, and torchrun (torch.distributed.elastic, 2.11 to 2.13) turns every
+exit codes are promises, and torchrun (torch.distributed.elastic, 2.11 to 2.13) turns every
 failure into code 1 with a banner, forgets its children's codes when it is signalled, and kills them 30 s later even in
 the middle of a save. It stays free of torch, so that it costs no start-up time and no memory.
 """
@@ -109,8 +109,8 @@ class Group:
     def wait(self) -> int:
         """Wait for all; return 0, or the code of the first to fail (128 + n if signal n killed it).
 
-        75 means stopped after saving: the others are about to end as well and may still be writing, so nobody is
-        hurried. After any other failure they have GRACE_SECONDS.
+        75 (EX_TEMPFAIL) is for a program that stopped after saving: the others are about to end as well and may still
+        be writing, so nobody is hurried. After any other failure they have GRACE_SECONDS.
         """
         first_failure: int | None = None
         deadline = float("inf")

@@ -67,9 +67,12 @@ def _run(config: Config, shape: LlamaShape, degrees: Degrees) -> tuple[dict[str,
             trainer.metrics.info(
                 f"this run is complete at step {trainer.step}; extend it with --training.steps {2 * trainer.step}"
             )
-        return trainer.train(), trainer.step
-    finally:
-        trainer.close()
+        losses = trainer.train()
+    except BaseException:
+        trainer.metrics.close()  # but do not wait for the other ranks, which may never come
+        raise
+    trainer.close()
+    return losses, trainer.step
 
 
 def _check_run_folder(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
 from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
 from titanling.parallel import data as data_parallel
-from titanling.parallel.compile import compile_blocks, compile_loss, uncompiled
+from titanling.parallel.compile import compile_blocks, uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps
 from titanling.parallel.mesh import start_world, stop_world
 from titanling.parallel.precision import compute_dtype, compute_in
@@ -39,6 +40,8 @@ class Trainer:
     def __init__(self, config: Config, shape: LlamaShape, degrees: Degrees) -> None:
         self.config, self.shape = config, shape
         self.run_folder = Path(config.job.dump_folder)
+        if config.debug.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(config.debug.deterministic)
         self.world = start_world(degrees, config.comm)
         self.accumulation = accumulation_steps(config.training, degrees.dp)
@@ -62,7 +65,6 @@ class Trainer:
         data_parallel.shard(self.model, world, self.config.parallelism, training)
         data_parallel.materialize(self.model, world, self.config.debug.seed)
         self.module = data_parallel.replicate(self.model, world)
-        self.loss = compile_loss(cross_entropy_sum, self.config.compile)
         self.optimizer = build_optimizer(self.model.parameters(), self.config.optimizer)
         self.scaler = LossScaler(training.mixed_precision_param == "float16", world.device)
 
@@ -97,8 +99,8 @@ class Trainer:
         shape, training, device = self.shape, self.config.training, self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.peak_flops = peak_flops(name, training.mixed_precision_param)
-        matmul_params = shape.matmul_params + shape.embedding_params
-        self.flops = flops_per_token(matmul_params, shape.n_layers, shape.n_heads, shape.head_dim, training.seq_len)
+        with_head = shape.matmul_params + shape.embedding_params
+        self.flops = flops_per_token(with_head, shape.n_layers, shape.n_heads, shape.head_dim, training.seq_len)
         self.metrics = MetricsLogger(
             self.config.metrics,
             self.run_folder,
@@ -108,7 +110,6 @@ class Trainer:
             device_name=name,
             peak_flops=self.peak_flops,
         )
-        self.throughput = Throughput(torch.cuda.synchronize if device.type == "cuda" else None)
 
     def _describe(self) -> None:
         shape, training, world = self.shape, self.config.training, self.world
@@ -149,6 +150,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Run to training.steps: train, and where due log, validate, sample and save. Returns the last losses."""
         config = self.config
+        self.throughput = Throughput(torch.cuda.synchronize if self.world.device.type == "cuda" else None)
         gc.disable()  # a collection that strikes ranks at different steps makes them wait for each other
         with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
             while self.step < config.training.steps:
@@ -157,19 +159,22 @@ class Trainer:
                 last = self.step == config.training.steps
                 if last or self.step % config.metrics.log_freq == 0 or self.step == 1:
                     self._log(loss, grad_norm, lr)
-                with self.throughput.paused():
-                    self._between_steps(last)
+                self._between_steps(last)
                 profiler.step()
         return self.losses
 
     def _between_steps(self, last: bool) -> None:
         config, step = self.config, self.step
+        # paused() waits for the device, so it is entered only where something is due.
         if config.validation.enable and (last or step % config.validation.freq == 0):
-            self.evaluate()
+            with self.throughput.paused():
+                self.evaluate()
         if config.sampling.freq and (last or step % config.sampling.freq == 0):
-            self.sample()
+            with self.throughput.paused():
+                self.sample()
         if self.checkpointer.due(step, last):
-            self.save()
+            with self.throughput.paused():
+                self.save()
         if step % config.training.gc_freq == 0:
             gc.collect(1)
 
@@ -195,7 +200,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             data_parallel.sync_gradients(self.module, index == self.accumulation - 1)
             logits = self.module(batch["input_ids"])
-            micro_loss = self.loss(logits, batch["labels"]) / targets
+            micro_loss = cross_entropy_sum(logits, batch["labels"]) / targets
             del logits
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             (micro_loss * (self.world.size * self.scaler.scale)).backward()
@@ -218,7 +223,7 @@ class Trainer:
         with data_parallel.evaluation(self.module):
             for batch in map(self._to_device, batches):
                 logits = self.module(batch["input_ids"])
-                totals[0] += self.loss(logits, batch["labels"])
+                totals[0] += cross_entropy_sum(logits, batch["labels"])
                 totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
                 del logits
         loss_sum, tokens = self.world.sum_(totals).tolist()

@@ -34,9 +34,14 @@ class Checkpointer:
 
     def newest(self) -> Path | None:
         """The checkpoint to resume from, or None for a fresh start. Raises UserError if load_step is not there."""
-        if not self.settings.enable:
-            return None
         steps, wanted = folder.list_steps(self.root), self.settings.load_step
+        if not self.settings.enable:
+            if steps:
+                raise UserError(
+                    f"checkpoint.enable = false: {self.root} holds the checkpoints of an earlier run, which would start"
+                    " over; set checkpoint.enable = true to go on with it, or another job.dump_folder"
+                )
+            return None
         if wanted == -1:
             return folder.step_folder(self.root, steps[-1]) if steps else None
         if wanted not in steps:
@@ -89,11 +94,14 @@ class Checkpointer:
             with without_warnings():
                 writer = HuggingFaceStorageWriter(str(partial / part), save_distributed=True)
                 dcp.save(dict(tensors), storage_writer=writer)
+        # Only the node that wrote a file can be sure to flush it.
+        folder.sync_files(partial, f"shard-{self.world.rank + 1:05d}-")
         if self.world.rank == 0:
             folder.write_json(partial / folder.STATE, state)
 
     def _hash(self, partial: Path) -> dict[str, Any]:
-        names = folder.files_of(partial)
+        # One listing for all: on a network file system, each node may still see another one.
+        names = self.world.gather(folder.files_of(partial))[0]
         return {name: folder.digest(partial / name) for name in names[self.world.rank :: self.world.size]}
 
     def _commit(self, partial: Path, hashes: dict[str, Any]) -> None:

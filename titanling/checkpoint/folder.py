@@ -49,6 +49,12 @@ def begin(final: Path) -> Path:
     return partial
 
 
+def sync_files(folder: Path, prefix: str) -> None:
+    """Flush to the disk the files below `folder` whose names begin with `prefix`."""
+    for path in folder.rglob(f"{prefix}*"):
+        _sync(path)
+
+
 def commit(partial: Path, hashes: dict[str, dict[str, Any]]) -> None:
     """Write the manifest, sync files and folders, and give the folder its final name."""
     write_json(partial / MANIFEST, {"format": 1, "sha256": _seal(hashes), "files": hashes})

@@ -1,6 +1,5 @@
 """torch.compile, block by block: one graph serves all layers, and names do not change."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,13 +13,6 @@ def compile_blocks(model: Llama, settings: Compile) -> None:
     if settings.enable and "model" in settings.components:
         for block in model.model.layers:
             block.compile(fullgraph=True, dynamic=False, backend=settings.backend)
-
-
-def compile_loss(loss: Callable[..., torch.Tensor], settings: Compile) -> Callable[..., torch.Tensor]:
-    """The compiled loss function."""
-    if settings.enable and "loss" in settings.components:
-        return torch.compile(loss, fullgraph=True, dynamic=False, backend=settings.backend)
-    return loss
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanling.config.schema import Comm
+from titanling.errors import UserError
 from titanling.parallel.degrees import Degrees, world_size
 
 T = TypeVar("T")
@@ -44,6 +45,11 @@ def start_world(degrees: Degrees, comm: Comm) -> World:
     """Join the other ranks (the environment is torchrun's) and build the mesh (dp_replicate, dp_shard)."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"NGPU: process {local_rank + 1} of this node has no GPU, there are {torch.cuda.device_count()}; start"
+                " one process per GPU"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
