@@ -73,6 +73,11 @@ def test_files_are_found_in_a_fixed_order(corpus: Path) -> None:
         assert missing in str(error.value)
 
 
+def test_the_home_folder_may_be_written_short(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(corpus.parent))
+    assert find_files([f"~/{corpus.name}"]) == find_files([str(corpus)])
+
+
 def test_the_standard_library_is_enough() -> None:
     files = find_files(["python-stdlib"])
     assert sum(file.bytes for file in files) >= 10_000_000

@@ -35,7 +35,7 @@ def find_files(sources: Sequence[str]) -> list[TextFile]:
     found: dict[str, TextFile] = {}
     for source in sources:
         lenient = source == STDLIB
-        paths = _find(source)
+        paths = _find(os.path.expanduser(source))
         if not paths:
             raise UserError(
                 f'data.prepare.text: "{source}" is no file, folder or glob that holds any; correct the path'
