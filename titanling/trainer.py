@@ -65,6 +65,7 @@ class Trainer:
         data_parallel.shard(self.model, world, self.config.parallelism, training)
         data_parallel.materialize(self.model, world, self.config.debug.seed)
         self.module = data_parallel.replicate(self.model, world)
+        self.loss = cross_entropy_sum
         self.optimizer = build_optimizer(self.model.parameters(), self.config.optimizer)
         self.scaler = LossScaler(training.mixed_precision_param == "float16", world.device)
 
@@ -200,7 +201,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             data_parallel.sync_gradients(self.module, index == self.accumulation - 1)
             logits = self.module(batch["input_ids"])
-            micro_loss = cross_entropy_sum(logits, batch["labels"]) / targets
+            micro_loss = self.loss(logits, batch["labels"]) / targets
             del logits
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             (micro_loss * (self.world.size * self.scaler.scale)).backward()
@@ -223,7 +224,7 @@ class Trainer:
         with data_parallel.evaluation(self.module):
             for batch in map(self._to_device, batches):
                 logits = self.module(batch["input_ids"])
-                totals[0] += cross_entropy_sum(logits, batch["labels"])
+                totals[0] += self.loss(logits, batch["labels"])
                 totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
                 del logits
         loss_sum, tokens = self.world.sum_(totals).tolist()
