@@ -165,10 +165,18 @@ def test_first_step_and_last_step(tmp_path: Path, tiny_data: TinyData) -> None:
         assert folder.list_steps(trainer.checkpointer.root) == [1, 3, 5]
 
 
-def test_disabled(copy_run: Path, tiny_data: TinyData) -> None:
-    with open_trainer(copy_run, tiny_data, {**CHANGES, "checkpoint.enable": False}) as trainer:
+def test_disabled(tmp_path: Path, tiny_data: TinyData) -> None:
+    with open_trainer(tmp_path, tiny_data, {**CHANGES, "checkpoint.enable": False}) as trainer:
         assert trainer.step == 0
         assert not any(trainer.checkpointer.due(step, last=True) for step in range(8))
+
+
+def test_disabled_does_not_start_over_in_a_folder_that_has_checkpoints(copy_run: Path, tiny_data: TinyData) -> None:
+    rows = (copy_run / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"checkpoint.enable = false: .* would start over; set checkpoint.enable"):
+        with open_trainer(copy_run, tiny_data, {**CHANGES, "checkpoint.enable": False}):
+            pass
+    assert (copy_run / "run" / "metrics.jsonl").read_bytes() == rows
     assert folder.list_steps(copy_run / "run" / "checkpoints") == [4, 6]
 
 
