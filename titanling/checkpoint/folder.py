@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from titanling.data.indexed import file_sha256
 from titanling.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -92,11 +93,7 @@ def files_of(folder: Path) -> list[str]:
 
 def digest(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": sha.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(str(path))}
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
