@@ -30,17 +30,17 @@ def main() -> None:
     import torch  # takes seconds: not for --help
 
     from titanling.checkpoint.weights import find_tokenizer, load_model
-    from titanling.model.generate import generate
+    from titanling.model.generate import CachedDecoder, generate
 
     saved = load_model(arguments.checkpoint)
     _, files = find_tokenizer(saved, arguments.tokenizer)
     # Documents follow an end-of-text token in training, so an empty prompt starts after one.
     prompt = files.tokenizer.encode(arguments.prompt).ids or [files.eod_id]
+    capacity = len(prompt) + arguments.max_new_tokens
     new = generate(
-        saved.model,
+        CachedDecoder(saved.model, saved.shape.n_layers, capacity),
         torch.tensor(prompt),
         arguments.max_new_tokens,
-        n_layers=saved.shape.n_layers,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,

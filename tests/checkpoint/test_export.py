@@ -19,7 +19,7 @@ from titanling.checkpoint.weights import load_model
 from titanling.config import load_config
 from titanling.data.prepare.tokenizer import train_tokenizer
 from titanling.errors import UserError
-from titanling.model.generate import generate
+from titanling.model.generate import CachedDecoder, generate
 from titanling.model.llama import Llama
 from titanling.model.presets import LlamaShape
 from titanling.optim import build_optimizer, optimizer_state
@@ -42,7 +42,7 @@ def save(tmp_path: Path, tiny_data: TinyData) -> Save:
             changes["training.mixed_precision_param"] = dtype
         config = load_config(tiny_config(tmp_path, tiny_data, changes)).config
         model = random_model(shape).to(getattr(torch, dtype))
-        optimizer = optimizer_state(model, build_optimizer(model.parameters(), config.optimizer))
+        optimizer = optimizer_state(model.named_parameters(), build_optimizer(model.parameters(), config.optimizer))
         state = {"step": 3, "model": asdict(shape), "config": config.model_dump(mode="json")}
         weights = {name: p.detach() for name, p in model.named_parameters()}
         return Checkpointer(config.checkpoint, tmp_path / "run", LONE).save(3, weights, optimizer, state), model
@@ -64,7 +64,7 @@ def test_transformers_loads_it(name: str, save: Save, tmp_path: Path, tiny_data:
         wanted = model(ids)
         assert wanted.abs().max() > 1
         assert (twin(ids).logits - wanted).abs().max() <= 1e-4
-    tokens = generate(model, ids[0, :6], 64, n_layers=model.shape.n_layers, temperature=0)
+    tokens = generate(CachedDecoder(model, model.shape.n_layers, 70), ids[0, :6], 64, temperature=0)
     assert hf_greedy(twin, ids[0, :6], 64) == tokens
 
 
@@ -242,7 +242,8 @@ def test_the_generate_command(run: Path, tiny_data: TinyData) -> None:
     assert done.returncode == 0, done.stderr
     saved, tokenizer = load_model(run), Tokenizer.from_file(f"{tiny_data.tokenizer}/tokenizer.json")
     prompt = torch.tensor(tokenizer.encode("the rain").ids)
-    new = generate(saved.model, prompt, 12, n_layers=saved.shape.n_layers, temperature=0, stop_id=1)
+    decoder = CachedDecoder(saved.model, saved.shape.n_layers, len(prompt) + 12)
+    new = generate(decoder, prompt, 12, temperature=0, stop_id=1)
     assert done.stdout == "the rain" + tokenizer.decode(new) + "\n"
     assert run_python(script, *options, "--top-k", "1").stdout == done.stdout
 

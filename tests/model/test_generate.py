@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_helpers import SHAPES, random_ids, random_model
 from torch import Tensor
 
-from titanling.model.generate import generate
+from titanling.model.generate import CachedDecoder, generate
 from titanling.model.llama import Llama
 from titanling.model.presets import LlamaShape
 
@@ -20,7 +20,7 @@ TINY = LlamaShape(16, 1, 2, 1, 16, 8, head_dim=8)
 
 
 def sample(model: Llama = MODEL, prompt: Tensor = PROMPT, new: int = 20, **options: Any) -> list[int]:
-    return generate(model, prompt, new, n_layers=model.shape.n_layers, **options)
+    return generate(CachedDecoder(model, model.shape.n_layers, len(prompt) + new), prompt, new, **options)
 
 
 GREEDY = sample(temperature=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titanling.config.schema import Model
-from titanling.model.init import BLOCK_ELEMENTS, initialize_rows, standard_deviation
+from titanling.model.init import BLOCK_ELEMENTS, initialize, standard_deviation
 from titanling.model.llama import build_on_meta
 from titanling.model.presets import resolve_shape
 
@@ -22,7 +22,7 @@ def draw(
     rows: int, columns: int, name: str = NAME, seed: int = 0, first: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     tensor = torch.full((rows, columns), math.nan, dtype=dtype)
-    initialize_rows(tensor, name, SHAPE, seed, first)
+    initialize(tensor, (first, 0), tensor.shape, name, SHAPE, seed)
     return tensor
 
 
@@ -35,6 +35,15 @@ def test_any_partition_draws_the_same(cuts: list[int]) -> None:
     edges = [0, *cuts, ROWS]
     parts = [draw(high - low, COLUMNS, first=low) for low, high in zip(edges, edges[1:], strict=False)]
     assert torch.equal(torch.cat(parts), WHOLE)
+
+
+@settings(max_examples=40, deadline=None)
+@given(row=st.integers(0, ROWS), column=st.integers(0, COLUMNS), data=st.data())
+def test_any_rectangle_is_a_part_of_the_whole(row: int, column: int, data: st.DataObject) -> None:
+    last_row, last_column = data.draw(st.integers(row, ROWS)), data.draw(st.integers(column, COLUMNS))
+    part = torch.full((last_row - row, last_column - column), math.nan)
+    initialize(part, (row, column), (ROWS, COLUMNS), NAME, SHAPE, 0)
+    assert torch.equal(part, WHOLE[row:last_row, column:last_column])
 
 
 @pytest.mark.parametrize("columns", [1, 3, 100, 3000, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1])
@@ -54,7 +63,7 @@ def test_rows_far_down() -> None:
 
 def test_in_place_in_a_view() -> None:
     memory = torch.zeros(ROWS + 2, COLUMNS)
-    initialize_rows(memory[1:-1], NAME, SHAPE, 0)
+    initialize(memory[1:-1], (0, 0), (ROWS, COLUMNS), NAME, SHAPE, 0)
     assert torch.equal(memory[1:-1], WHOLE)
     assert not memory[0].any() and not memory[-1].any()
 
@@ -83,7 +92,7 @@ def test_every_parameter_of_a_model() -> None:
     model = build_on_meta(SHAPE, torch.float32).to_empty(device="cpu")
     drawn = {}
     for name, parameter in model.named_parameters():
-        initialize_rows(parameter, name, SHAPE, seed=7)
+        initialize(parameter, [0] * parameter.ndim, parameter.shape, name, SHAPE, seed=7)
         drawn[name] = parameter.detach()
     for name, values in drawn.items():
         if values.ndim == 1:

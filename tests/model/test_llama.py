@@ -172,7 +172,7 @@ def test_rope_and_its_gradient(shape: LlamaShape) -> None:
 
 
 def test_attention_and_its_gradient(shape: LlamaShape) -> None:
-    module = random_model(shape).model.layers[0].self_attn
+    module = random_model(shape).model.layers["0"].self_attn
     assert isinstance(module, Attention)
     x = torch.randn(2, 33, shape.dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     reference, weights = x.detach().double().requires_grad_(), double(module)
@@ -203,7 +203,7 @@ def test_nothing_looks_ahead(shape: LlamaShape) -> None:
 def test_the_cache_changes_nothing(shape: LlamaShape) -> None:
     model, ids = random_model(shape), random_ids(shape, 3, 70)
     cache = [LayerCache(70) for _ in range(shape.n_layers)]
-    parts = [model(ids[:, :9], cache)] + [model(ids[:, i : i + 1], cache) for i in range(9, 70)]
+    parts = [model(ids[:, :9], cache=cache)] + [model(ids[:, i : i + 1], cache=cache) for i in range(9, 70)]
     assert torch.allclose(torch.cat(parts, 1), model(ids), atol=1e-5)
     assert [layer.length for layer in cache] == [70] * shape.n_layers
 
@@ -212,7 +212,7 @@ def test_the_cache_changes_nothing(shape: LlamaShape) -> None:
 def test_the_cache_from_the_first_token_on(shape: LlamaShape) -> None:
     model, ids = random_model(shape), random_ids(shape, 1, 12)
     cache = [LayerCache(12) for _ in range(shape.n_layers)]
-    parts = [model(ids[:, i : i + 1], cache) for i in range(12)]
+    parts = [model(ids[:, i : i + 1], cache=cache) for i in range(12)]
     assert torch.allclose(torch.cat(parts, 1), model(ids), atol=1e-5)
 
 
@@ -220,9 +220,9 @@ def test_the_cache_from_the_first_token_on(shape: LlamaShape) -> None:
 def test_a_cache_is_not_extended_by_several_tokens(shape: LlamaShape) -> None:
     model, ids = random_model(shape), random_ids(shape, 1, 8)
     cache = [LayerCache(8) for _ in range(shape.n_layers)]
-    model(ids[:, :4], cache)
+    model(ids[:, :4], cache=cache)
     with pytest.raises(ValueError, match="one token at a time"):
-        model(ids[:, 4:], cache)
+        model(ids[:, 4:], cache=cache)
 
 
 def test_tied_embeddings_are_one_parameter() -> None:

@@ -5,7 +5,7 @@ import torch
 from model_helpers import SHAPES, hf_greedy, hf_twin, random_ids, random_model
 
 from titanling.config.schema import Model
-from titanling.model.generate import generate
+from titanling.model.generate import CachedDecoder, generate
 from titanling.model.presets import resolve_shape
 
 
@@ -24,7 +24,7 @@ def test_logits(name: str) -> None:
 def test_greedy_tokens(name: str) -> None:
     shape = SHAPES[name]
     model, prompt = random_model(shape), random_ids(shape, 1, 7)[0]
-    found = generate(model, prompt, 64, n_layers=shape.n_layers, temperature=0)
+    found = generate(CachedDecoder(model, shape.n_layers, len(prompt) + 64), prompt, 64, temperature=0)
     assert len(found) == 64
     assert found == hf_greedy(hf_twin(model), prompt, 64)
 

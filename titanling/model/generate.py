@@ -1,18 +1,34 @@
-"""Continuing a text, token by token, with a key/value cache."""
+"""Continuing a text, token by token."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from titanling.model.llama import LayerCache
 
+NextLogits = Callable[[Tensor], Tensor]
+"""New tokens (n,) int64 of a text that it remembers → logits (vocab,) of the token behind them."""
+
+
+class CachedDecoder:
+    """NextLogits of a model on one device, with a key/value cache for `capacity` tokens."""
+
+    def __init__(self, model: nn.Module, n_layers: int, capacity: int) -> None:
+        self.model = model
+        self.cache = [LayerCache(capacity) for _ in range(n_layers)]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """First the whole prompt, then one token at a time."""
+        return self.model(tokens[None], cache=self.cache)[0, -1]
+
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    next_logits: NextLogits,
     prompt: Tensor,
     max_new_tokens: int,
     *,
-    n_layers: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -21,20 +37,19 @@ def generate(
 ) -> list[int]:
     """The ids that follow `prompt` (seq,) int64: at most `max_new_tokens`, ending before `stop_id`.
 
-    temperature 0 is greedy. top_k keeps the k likeliest tokens (0: all); top_p keeps the smallest set of tokens
-    whose probability reaches p (nucleus sampling, Holtzman et al. 2020). The same seed gives the same text.
+    `next_logits` has room for len(prompt) + max_new_tokens. temperature 0 is greedy. top_k keeps the k likeliest tokens
+    (0: all); top_p keeps the smallest set of tokens whose probability reaches p (nucleus sampling, Holtzman et al.
+    2020). The same seed gives the same text.
     """
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    cache = [LayerCache(len(prompt) + max_new_tokens) for _ in range(n_layers)]
-    tokens, new = prompt.to(device), []
+    tokens, new = prompt, []
     while len(new) < max_new_tokens:
-        logits = model(tokens[None], cache)[0, -1].double().cpu()
+        logits = next_logits(tokens).double().cpu()
         token = _choose(logits, temperature, top_k, top_p, generator)
         if token == stop_id:
             break
         new.append(token)
-        tokens = torch.tensor([token], device=device)
+        tokens = torch.tensor([token], device=prompt.device)
     return new
 
 

@@ -1,11 +1,12 @@
 """Initial weights: a pure function of (seed, parameter name, shape), bit-identical under any layout.
 
-A parameter is drawn in blocks of rows, each from its own generator, so that a rank that holds some rows of a sharded
-parameter draws only the blocks that it needs, on the CPU, and never holds more than one block beside its own rows.
+A parameter is drawn in blocks of rows, each from its own generator, so that a rank that holds a part of a sharded
+parameter draws only the blocks that it needs, on the CPU, and never holds more than one block beside its own part.
 """
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,22 +32,24 @@ def standard_deviation(name: str, shape: LlamaShape) -> float | None:
 
 
 @torch.no_grad()
-def initialize_rows(rows: Tensor, name: str, shape: LlamaShape, seed: int, first_row: int = 0) -> None:
-    """Fill `rows`, the rows from `first_row` on of parameter `name`, in place, in their own dtype and device."""
+def initialize(
+    part: Tensor, offsets: Sequence[int], size: Sequence[int], name: str, shape: LlamaShape, seed: int
+) -> None:
+    """Fill `part`, the part of parameter `name` (of `size`) that begins at `offsets`, in its own dtype and device."""
     std = standard_deviation(name, shape)
     if std is None:
-        rows.fill_(1)
+        part.fill_(1)
         return
-    columns = rows[0].numel() if len(rows) else 1
+    if part.numel() == 0:
+        return
+    (first_row, first_column), columns = offsets, size[1]
     per_block = max(1, BLOCK_ELEMENTS // columns)
-    last_row = first_row + len(rows)
+    last_row, last_column = first_row + part.size(0), first_column + part.size(1)
     for block in range(first_row // per_block, -(-last_row // per_block)):
         start = block * per_block
         values = torch.from_numpy(_normal(f"{seed}/{name}/{block}", (per_block, columns))).mul_(std)
         low, high = max(start, first_row), min(start + per_block, last_row)
-        rows[low - first_row : high - first_row] = values[low - start : high - start].view_as(
-            rows[low - first_row : high - first_row]
-        )
+        part[low - first_row : high - first_row] = values[low - start : high - start, first_column:last_column]
 
 
 def _normal(key: str, size: tuple[int, int]) -> np.ndarray:

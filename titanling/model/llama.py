@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanling.model.layout import LLAMA
 from titanling.model.presets import LlamaShape
 
 
@@ -87,6 +88,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q (batch, heads, seq, head_dim) over k and v (batch, kv_heads, seq, head_dim).
+
+    A single query, the newest token, sees all keys.
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE."""
 
@@ -100,6 +109,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_dim, shape.dim)
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.attend = attend
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(batch, seq, dim) → (batch, seq, dim)."""
@@ -111,9 +121,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, seq, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # A single new token sees everything before it; a longer input starts the sequence (Decoder checks it).
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -154,25 +162,31 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.dim)
-        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
+        # By name, so that a pipeline stage that holds only some of them keeps their names.
+        self.layers = nn.ModuleDict({str(index): Block(shape) for index in range(shape.n_layers)})
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, input_ids: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
         """(batch, seq) token ids → (batch, seq, dim)."""
         start = cache[0].length if cache else 0
         if start and input_ids.size(1) > 1:
             raise ValueError("a cache is filled with the whole prompt at once, then extended by one token at a time")
-        positions = torch.arange(start, start + input_ids.size(1), device=input_ids.device)
+        if positions is None:
+            positions = torch.arange(start, start + input_ids.size(1), device=input_ids.device)
         cos, sin = rope_angles(self.shape, positions)
         x = self.dropout(self.embed_tokens(input_ids))
-        for index, block in enumerate(self.layers):
-            x = block(x, cos, sin, cache[index] if cache else None)
+        for index, block in self.layers.items():
+            x = block(x, cos, sin, cache[int(index)] if cache else None)
         return self.norm(x)
 
 
 class Llama(nn.Module):
     """The causal language model."""
+
+    layout = LLAMA
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
@@ -181,12 +195,15 @@ class Llama(nn.Module):
         # Tied: the embedding itself is the output matrix, so there is no second parameter to keep equal.
         self.lm_head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
 
-    def forward(self, input_ids: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor | None = None, cache: list[LayerCache] | None = None
+    ) -> Tensor:
         """Logits (batch, seq, vocab) for input_ids (batch, seq) int64.
 
+        positions (seq,) or (batch, seq) int64 are the tokens' places in their text; in order from 0 if not given.
         With a cache, input_ids continue what it has seen: first the whole prompt, then one token at a time.
         """
-        hidden = self.model(input_ids, cache)
+        hidden = self.model(input_ids, positions, cache)
         return self.lm_head(hidden) if self.lm_head is not None else self._tied_head(hidden)
 
     def _tied_head(self, hidden: Tensor) -> Tensor:
