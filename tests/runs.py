@@ -36,13 +36,20 @@ def open_trainer(folder: Path, data: TinyData, changes: Mapping[str, Any] | None
 def full(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor; a collective where it is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def live_tensors(trainer: Trainer) -> Tensors:
     """Whole copies of all weights and optimizer state, by name."""
     weights, optimizer = trainer._tensors()
-    return {name: full(tensor) for name, tensor in (weights | optimizer).items()}
+    return of_all_stages(trainer, {name: full(tensor) for name, tensor in (weights | optimizer).items()})
+
+
+def of_all_stages(trainer: Trainer, tensors: Tensors) -> Tensors:
+    """With what the other stages of a pipeline hold, in the order of the stages."""
+    if trainer.world.degrees.pp == 1:
+        return tensors
+    return {name: tensor for part in trainer.world.gather(tensors) for name, tensor in part.items()}
 
 
 def saved_tensors(checkpoint: Path) -> Tensors:

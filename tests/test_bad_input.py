@@ -70,7 +70,24 @@ def test_extends_in_a_circle(tmp_path: Path) -> None:
         ({"model.dim": 34}, "model.dim = 34 is not a multiple of model.n_heads = 4; set model.head_dim"),
         ({"model.head_dim": 7}, "model.head_dim = 7 is odd"),
         ({"training.global_batch_size": 3}, "training.global_batch_size = 3 is not a multiple of local_batch_size = 2"),
-        ({"parallelism.tensor_parallel_degree": 2}, "parallelism.tensor_parallel_degree = 2 is not supported yet"),
+        (
+            {"parallelism.pipeline_parallel_schedule": "1f2b"},
+            'parallelism.pipeline_parallel_schedule = "1f2b" is unknown; use one of GPipe',
+        ),
+        (
+            {"parallelism.fsdp_reshard_after_forward": 1},
+            "parallelism.fsdp_reshard_after_forward = 1: must be 'default', ",
+        ),
+        ({"activation_checkpoint.mode": "memory_budget"}, 'activation_checkpoint.mode = "memory_budget" is the comp'),
+        (
+            {"compile.enable": True, "compile.backend": "no"},
+            'compile.backend = "no": torch has no such backend; use one',
+        ),
+        (
+            {"parallelism.plans": ["a.py:Mine"]},
+            'parallelism.plans = "a.py:Mine": "a.py" is no Python file; give "path/',
+        ),
+        ({"model.converters": ["mine"]}, 'model.converters = ["mine"]: no such converter; there is "quantize.linear.'),
         ({"data.train": None}, "data.train is not set"),
         ({"validation.enable": True, "data.validation": None}, "validation.enable = true needs data.validation"),
         ({"sampling.freq": 1, "model.hf_assets_path": None}, "sampling.freq > 0 needs a tokenizer"),
@@ -88,12 +105,78 @@ def test_config_values(tmp_path: Path, tiny_data: TinyData, changes: dict[str, A
         ({"parallelism.data_parallel_replicate_degree": 2}, 3, "does not fit 3 processes (NGPU × NNODES)"),
         ({"parallelism.data_parallel_shard_degree": 4}, 2, "does not fit 2 processes (NGPU × NNODES)"),
         ({"parallelism.data_parallel_shard_degree": 2}, 1, "does not fit 1 process (NGPU × NNODES)"),
+        ({"parallelism.tensor_parallel_degree": 2}, 1, "parallelism.data_parallel_shard_degree = -1 × tensor_parallel"),
+        ({"parallelism.tensor_parallel_degree": 4}, 4, "does not divide model.n_kv_heads = 2; this model can use 1, 2"),
+        (
+            {"parallelism.pipeline_parallel_degree": 4},
+            4,
+            "parallelism.pipeline_parallel_degree = 4: 2 layers leave stage",
+        ),
+        (
+            {"parallelism.pipeline_parallel_degree": 2, "model.tie_embeddings": True},
+            2,
+            "the tied embedding would be on",
+        ),
+        (
+            {"parallelism.context_parallel_degree": 2, "training.seq_len": 30},
+            2,
+            "training.seq_len = 30 does not divide",
+        ),
+        (
+            {"parallelism.context_parallel_degree": 2, "validation.enable": True, "validation.seq_len": 30},
+            2,
+            "validation.seq_len = 30 does not divide by context_parallel_degree = 2 (two pieces each)",
+        ),
+        (
+            {"parallelism.pipeline_parallel_degree": 2, "parallelism.pipeline_parallel_microbatch_size": 3},
+            2,
+            "parallelism.pipeline_parallel_microbatch_size = 3 does not divide the 4 sequences of a step",
+        ),
+        (
+            {
+                "parallelism.pipeline_parallel_degree": 2,
+                "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble",
+                "model.n_layers": 6,
+                "compile.enable": True,
+            },
+            2,
+            "splits the backward pass, which compiled blocks cannot; set compile.enable = false",
+        ),
+        (
+            {"parallelism.tensor_parallel_degree": 2, "parallelism.enable_async_tensor_parallel": True},
+            2,
+            "parallelism.enable_async_tensor_parallel = true needs ",
+        ),
+        (
+            {"parallelism.context_parallel_degree": 2, "parallelism.context_parallel_rotate_method": "alltoall"},
+            2,
+            'context_parallel_rotate_method = "alltoall" is not supported; set "allgather"',
+        ),
     ],
 )
 def test_batch_and_degrees_against_the_world_size(
     tmp_path: Path, tiny_data: TinyData, changes: dict[str, Any], world: int, says: str
 ) -> None:
     refuse_config(tmp_path, tiny_data, changes, str(tmp_path / "run.toml"), says, WORLD_SIZE=str(world), RANK="0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"comm.backend": "nccl"}, 'comm.backend = "nccl" needs GPUs and this machine has none; set "auto" or "gloo"'),
+        ({"model.converters": ["quantize.linear.float8"]}, "needs an NVIDIA GPU of compute capability 8.9 or more"),
+    ],
+)
+def test_what_needs_a_gpu(tmp_path: Path, tiny_data: TinyData, changes: dict[str, Any], says: str) -> None:
+    refuse_config(tmp_path, tiny_data, changes, says, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+
+
+def test_without_a_compiler_nothing_is_compiled_and_the_run_goes_on(tmp_path: Path, tiny_data: TinyData) -> None:
+    env = clean_env(PATH=str(tmp_path / "nothing"), CXX="")
+    run = run_train("--config", tiny_config(tmp_path, tiny_data, {"compile.enable": True}), env=env)
+    assert run.returncode == 0, run.stderr
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("compile: "))
+    assert line.endswith("no C++ compiler found, so nothing is compiled; install g++ (or set CXX) to train faster")
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,11 @@ ROOMS_WITHOUT_TORCH = [
 STRANGERS = {
     "titanling.config": ["model", "parallel", "data", "checkpoint", "metrics", "trainer", "loss", "optim", "schedule"],
     "titanling.model": ["parallel", "data", "checkpoint", "metrics", "trainer", "optim", "schedule"],
-    "titanling.parallel": ["data", "checkpoint", "metrics", "trainer"],
+    "titanling.parallel": ["data", "checkpoint", "metrics", "planner", "trainer"],
     "titanling.data": ["model", "parallel", "checkpoint", "metrics", "trainer"],
     "titanling.metrics": ["model", "parallel", "data", "checkpoint", "trainer"],
     "titanling.checkpoint": ["metrics", "trainer"],
+    "titanling.planner": ["data", "checkpoint", "trainer"],
 }
 
 
@@ -98,9 +99,9 @@ def test_kernels_know_nothing_of_titanling() -> None:
         assert [name for name in imported(ast.walk(tree(module))) if is_below(name, "titanling")] == [], module
 
 
-def test_only_train_and_benchmarks_know_the_trainer() -> None:
+def test_only_commands_know_the_trainer() -> None:
     users = [name for name in modules() if "titanling.trainer" in imported(ast.walk(tree(name)))]
-    assert users == ["titanling.train"]
+    assert users == ["titanling.parity", "titanling.train"]
 
 
 @pytest.mark.parametrize("module", [name for name in modules()])

@@ -36,7 +36,7 @@ def set_gradients(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    tensors = dict(model.named_parameters()) | optimizer_state(model, optimizer)
+    tensors = dict(model.named_parameters()) | optimizer_state(model.named_parameters(), optimizer)
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -87,7 +87,7 @@ def test_five_steps(fp16: bool) -> None:
         assert found_inf.item() == 0
         clipped.append(norm.item() > 2)
     assert True in clipped and False in clipped
-    state = optimizer_state(model, optimizer)
+    state = optimizer_state(model.named_parameters(), optimizer)
     for name, p in model.named_parameters():
         assert (p.double() - reference.p[name]).abs().max() <= 1e-6
         assert (state[f"{name}.exp_avg"].double() - reference.m[name]).abs().max() <= 1e-6
@@ -177,7 +177,7 @@ def test_a_norm_that_overflows_is_not_finite() -> None:
 
 def test_state_names_and_restoring() -> None:
     model, optimizer = build()
-    state = optimizer_state(model, optimizer)
+    state = optimizer_state(model.named_parameters(), optimizer)
     assert set(state) == {
         f"{name}.{key}" for name in ("matrix", "norm", "other") for key in ("exp_avg", "exp_avg_sq", "step")
     }
@@ -190,7 +190,7 @@ def test_state_names_and_restoring() -> None:
     assert saved["norm.step"].item() == 3
 
     other, its = build()
-    for name, tensor in (dict(other.named_parameters()) | optimizer_state(other, its)).items():
+    for name, tensor in (dict(other.named_parameters()) | optimizer_state(other.named_parameters(), its)).items():
         tensor.data.copy_(saved[name])
     last = next(grads)
     for each, optimizer_ in ((model, optimizer), (other, its)):

@@ -50,7 +50,8 @@ def gradients_of_step(trainer: Trainer) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: object) -> None:
-        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+        named = trainer.runner.named_parameters()
+        found.update({name: p.grad.clone() for name, p in named if p.grad is not None})
 
     handle = trainer.optimizer.register_step_pre_hook(keep)
     trainer.train_step()
@@ -140,7 +141,7 @@ def test_first_loss_is_the_mean_over_the_global_batch(tmp_path: Path, tiny_data:
         source = trainer.loader.dataset.source
         tokens = torch.from_numpy(np.stack([source.sample(i) for i in range(4)]).astype(np.int64))
         with torch.no_grad():
-            logits = trainer.model(tokens[:, :-1])
+            logits = trainer.runner.parts[0](tokens[:, :-1])
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss, _, _ = trainer.train_step()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
@@ -159,7 +160,7 @@ def test_labels_are_shifted_exactly_once(tmp_path: Path, tiny_data: TinyData) ->
         assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
         assert trainer.train()["training loss"] < 0.05
         with torch.no_grad():
-            logits = trainer.model(torch.arange(16)[None])
+            logits = trainer.runner.parts[0](torch.arange(16)[None])
     assert torch.equal(logits[0].argmax(-1), (torch.arange(16) + 1) % 16)
 
 
@@ -169,9 +170,9 @@ def test_validation_does_not_depend_on_its_batch_size(tmp_path: Path, tiny_data:
         changes = {"validation.enable": True, "validation.local_batch_size": size, "model.dropout": 0.3}
         with open_trainer(tmp_path / str(size), tiny_data, {**WITHOUT_CHECKPOINTS, **changes}) as trainer:
             trainer.evaluate()
-            assert trainer.model.training
+            assert trainer.runner.parts[0].training
             row = {key: rows(trainer.run_folder, f"val_{key}")[0][1] for key in ("loss", "perplexity", "bits_per_byte")}
-            found[size], model = row, trainer.model.eval()
+            found[size], model = row, trainer.runner.parts[0].eval()
     assert found[1] == pytest.approx(found[3], rel=1e-6)
     assert found[8] == pytest.approx(found[3], rel=1e-6)
 
@@ -206,18 +207,18 @@ def test_schedule_and_decay_are_the_configs(tmp_path: Path, tiny_data: TinyData)
         assert rows(trainer.run_folder, "lr") == expected
         assert len({lr for _, lr in expected}) > 5
         decays = {p: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in trainer.runner.parts[0].named_parameters():
             assert decays[parameter] == (0.0 if name.endswith("norm.weight") else 0.25), name
 
 
 def test_skipped_steps_are_counted_logged_and_saved(tmp_path: Path, tiny_data: TinyData) -> None:
     with open_trainer(tmp_path, tiny_data) as trainer:
-        loss = trainer.loss
-        trainer.loss = lambda logits, labels: loss(logits, labels) * math.nan
+        loss = trainer.runner.loss
+        trainer.runner.loss = lambda *arguments: loss(*arguments) * math.nan
         before = live_tensors(trainer)
         trainer.train_step()
         assert differing(before, live_tensors(trainer)) == []
-        trainer.loss = loss
+        trainer.runner.loss = loss
         trainer.train()
         run = trainer.run_folder
     assert rows(run, "skipped_steps") == [(2, 1), (3, 1), (4, 1)]

@@ -40,9 +40,9 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _refuse(message: str) -> int:
     """Say what is wrong on one line; return the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(3)
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    # The first rank of a node comes before the others there, which its launcher ends then.
+    time.sleep(3 * (rank > 0) + 3 * (local_rank > 0))
     who = f"error (rank {rank})" if rank else "error"
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2

@@ -1,6 +1,6 @@
 """AdamW, clipping, and the guard that skips a step whose gradients are not finite, all without a host sync."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> 
     )
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def optimizer_state(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> State:
     """The optimizer's tensors as `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`, made (as zeros) where missing.
 
     They are the optimizer's own tensors: loading into them in place restores it.
     """
     state: State = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         own = optimizer.state[parameter]
         if not own:
             own["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -73,16 +73,21 @@ class LossScaler:
             self.good_steps.fill_(state["good_steps"])
 
 
-def clip_and_step(optimizer: torch.optim.AdamW, max_norm: float, scaler: LossScaler) -> tuple[Tensor, Tensor]:
+def clip_and_step(
+    optimizer: torch.optim.AdamW,
+    max_norm: float,
+    scaler: LossScaler,
+    total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+) -> tuple[Tensor, Tensor]:
     """Unscale and clip the gradients, then update the parameters, unless a gradient is not finite.
 
+    `total_norm` gives the 2-norm of this rank's gradients and of all others that it must know, 0-dim float32.
     Returns the global gradient norm before clipping and found_inf, both 0-dim float32 on the device. With
     found_inf = 1 the fused kernel leaves parameters and optimizer state bit-equal and does not count the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float() / scaler.scale
+    norm = total_norm(grads) / scaler.scale
     found_inf = (~torch.isfinite(norm)).float()
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scaler.scale
     torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], coefficient)

@@ -17,7 +17,15 @@ from titanling.data.indexed import check_dataset, file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape, resolve_shape
-from titanling.parallel.degrees import Degrees, accumulation_steps, resolve_degrees, world_size
+from titanling.parallel.degrees import (
+    Degrees,
+    accumulation_steps,
+    check_layout,
+    check_sequence,
+    resolve_degrees,
+    world_size,
+)
+from titanling.planner.command import plan, planned_world_size
 from titanling.summary import summary
 
 
@@ -34,19 +42,25 @@ def main() -> None:
     if arguments.print_config:
         print(dump_toml(config), end="")
         return
+    if arguments.dry_run:
+        plan(loaded, planned_world_size())
+        return
     with errors_name_the_file(loaded):
-        shape, degrees = _check(config)
+        shape, degrees = check(config)
         losses, steps = _run(config, shape, degrees)
     if os.environ.get("RANK", "0") == "0":
         print(summary(arguments.config, arguments.overrides, config, steps, losses))
 
 
-def _check(config: Config) -> tuple[LlamaShape, Degrees]:
-    """Everything that can be checked without torch; makes the data where it is missing."""
+def check(config: Config) -> tuple[LlamaShape, Degrees]:
+    """Everything that can be checked without torch, as UserErrors; rank 0 makes the data where it is missing."""
     check_runnable(config)
     shape = resolve_shape(config.model)
     degrees = resolve_degrees(config.parallelism, world_size())
     accumulation_steps(config.training, degrees.dp)
+    check_layout(config.parallelism, degrees, shape, config.training, config.compile)
+    if config.validation.enable and config.validation.seq_len is not None:
+        check_sequence("validation.seq_len", config.validation.seq_len, degrees)
     if os.environ.get("RANK", "0") == "0":
         _check_run_folder(config)
         _prepare_data(config)

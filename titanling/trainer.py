@@ -18,20 +18,20 @@ from titanling.config import Config
 from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.loader import build_loader, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
-from titanling.loss import IGNORE_INDEX, cross_entropy_sum
+from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
 from titanling.model.generate import generate
 from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
 from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
-from titanling.parallel import data as data_parallel
-from titanling.parallel.compile import compile_blocks, uncompiled
+from titanling.parallel.compile import uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps
-from titanling.parallel.mesh import start_world, stop_world
-from titanling.parallel.precision import compute_dtype, compute_in
+from titanling.parallel.lay_out import build_plans, lay_out
+from titanling.parallel.mesh import local_device, start_world, stop_world
+from titanling.parallel.plan import active
+from titanling.parallel.runner import Batch
+from titanling.parallel.weights import global_norm
 from titanling.schedule import lr_factor
-
-Batch = dict[str, Tensor]
 
 
 class Trainer:
@@ -43,7 +43,19 @@ class Trainer:
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(config.debug.deterministic)
-        self.world = start_world(degrees, config.comm)
+        device = local_device(config.comm)
+        self.plans = build_plans(
+            config.parallelism,
+            config.training,
+            config.activation_checkpoint,
+            config.compile,
+            config.model,
+            config.quantize,
+            shape=shape,
+            degrees=degrees,
+            device=device,
+        )
+        self.world = start_world(degrees, config.comm, device)
         self.accumulation = accumulation_steps(config.training, degrees.dp)
         self.sequences = config.training.local_batch_size * degrees.dp * self.accumulation
         self.step = self.tokens_seen = 0
@@ -57,17 +69,13 @@ class Trainer:
         self._resume()
 
     def _build_model(self) -> None:
-        training, world = self.config.training, self.world
-        self.model = build_on_meta(self.shape, getattr(torch, training.dtype))
-        self.compute_dtype = compute_dtype(world.device, training)
-        compute_in(self.model, self.compute_dtype)
-        compile_blocks(self.model, self.config.compile)
-        data_parallel.shard(self.model, world, self.config.parallelism, training)
-        data_parallel.materialize(self.model, world, self.config.debug.seed)
-        self.module = data_parallel.replicate(self.model, world)
-        self.loss = cross_entropy_sum
-        self.optimizer = build_optimizer(self.model.parameters(), self.config.optimizer)
-        self.scaler = LossScaler(training.mixed_precision_param == "float16", world.device)
+        training = self.config.training
+        model = build_on_meta(self.shape, getattr(torch, training.dtype))
+        self.runner = lay_out(model, self.plans, self.shape, self.world)
+        self.runner.initialize(self.config.debug.seed)
+        parameters = [parameter for _, parameter in self.runner.named_parameters()]
+        self.optimizer = build_optimizer(parameters, self.config.optimizer)
+        self.scaler = LossScaler(training.mixed_precision_param == "float16", self.runner.state_device)
 
     def _build_data(self) -> None:
         training, seed = self.config.training, self.config.debug.seed
@@ -78,8 +86,8 @@ class Trainer:
             training.seq_len,
             seed,
             training.local_batch_size,
-            dp_rank=self.world.rank,
-            dp_world=self.world.size,
+            dp_rank=self.world.dp_rank,
+            dp_world=self.world.degrees.dp,
         )
         self.batches = iter(self.loader)
         sidecar = read_sidecar(train)
@@ -123,11 +131,9 @@ class Trainer:
             f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
             f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
         )
-        layout = type(self.module).__name__ if world.size > 1 else "one device"
-        dtype = str(self.compute_dtype).removeprefix("torch.")
-        say(f"layout: {layout} on {world.device.type}, {dtype}")
-        if dtype != training.mixed_precision_param:
-            say(f"this CPU has no {training.mixed_precision_param} units: computing in {dtype}, faster and more exact")
+        say(f"device: {world.device.type}")
+        for plan in active(self.plans, world):
+            say(f"{plan.name}: {plan.describe()}")
 
     def _resume(self) -> None:
         path = self.checkpointer.newest()
@@ -182,8 +188,8 @@ class Trainer:
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimizer step over the global batch.
 
-        Returns the loss summed over this rank's tokens divided by the valid targets of all ranks (the mean loss is
-        its sum over ranks), the gradient norm before clipping, both 0-dim on the device, and the learning rate.
+        Returns this rank's share of the mean loss (which is the sum of all ranks' shares), the gradient norm before
+        clipping, both 0-dim on the device, and the learning rate.
         Nothing here waits for the device.
         """
         training = self.config.training
@@ -195,18 +201,13 @@ class Trainer:
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
         batches = [self._to_device(next(self.batches)) for _ in range(self.accumulation)]
-        valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum().float()
-        targets = self.world.sum_(valid)
-        loss = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(batches):
-            data_parallel.sync_gradients(self.module, index == self.accumulation - 1)
-            logits = self.module(batch["input_ids"])
-            micro_loss = self.loss(logits, batch["labels"]) / targets
-            del logits
-            # Data parallelism averages gradients over ranks; the loss is a sum over them.
-            (micro_loss * (self.world.size * self.scaler.scale)).backward()
-            loss += micro_loss.detach()
-        grad_norm, found_inf = clip_and_step(self.optimizer, training.max_norm, self.scaler)
+        valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
+        # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
+        targets = self.world.sum_(valid) // (self.world.size // self.world.degrees.dp)
+        loss = self.runner.forward_backward(batches, targets, self.scaler.scale)
+        grad_norm, found_inf = clip_and_step(
+            self.optimizer, training.max_norm, self.scaler, lambda gradients: global_norm(gradients, self.world)
+        )
         self.optimizer.zero_grad()
         self.skipped_steps += found_inf
         self.step += 1
@@ -216,17 +217,17 @@ class Trainer:
     def evaluate(self) -> None:
         """Mean loss in nats per token over the validation set, which is the same at any world size."""
         settings, training, start = self.config.validation, self.config.training, time.perf_counter()
+        world = self.world
         totals = torch.zeros(2, device=self.world.device, dtype=torch.float64)
         seq_len = settings.seq_len or training.seq_len
         batches = validation_batches(
-            self.validation_set, seq_len, settings.local_batch_size, settings.steps, self.world.rank, self.world.size
+            self.validation_set, seq_len, settings.local_batch_size, settings.steps, world.dp_rank, world.degrees.dp
         )
-        with data_parallel.evaluation(self.module):
+        alike = world.size // world.degrees.dp  # ranks that share their sequences
+        with self.runner.evaluation():
             for batch in map(self._to_device, batches):
-                logits = self.module(batch["input_ids"])
-                totals[0] += self.loss(logits, batch["labels"])
-                totals[1] += (batch["labels"] != IGNORE_INDEX).sum()
-                del logits
+                totals[0] += self.runner.loss_sum(batch)
+                totals[1] += (batch["labels"] != IGNORE_INDEX).sum() / alike
         loss_sum, tokens = self.world.sum_(totals).tolist()
         loss = self.losses["validation loss"] = loss_sum / tokens
         self.metrics.log_validation(
@@ -245,12 +246,11 @@ class Trainer:
         assert files is not None  # check_runnable saw to it
         for prompt in settings.prompts:
             ids = torch.tensor(files.tokenizer.encode(prompt).ids)
-            with data_parallel.evaluation(self.module), uncompiled():
+            with self.runner.evaluation(), uncompiled():
                 new = generate(
-                    self.model,
-                    ids,
+                    self.runner.decoder(len(ids) + settings.max_new_tokens),
+                    ids.to(self.world.device),
                     settings.max_new_tokens,
-                    n_layers=self.shape.n_layers,
                     temperature=settings.temperature,
                     seed=self.config.debug.seed,
                     stop_id=files.eod_id,
@@ -275,8 +275,9 @@ class Trainer:
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint holds of the model and of the optimizer, by name: the live tensors, not copies."""
-        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        return weights, optimizer_state(self.model, self.optimizer)
+        parameters = self.runner.named_parameters()
+        weights = {name: parameter.detach() for name, parameter in parameters}
+        return weights, optimizer_state(parameters, self.optimizer)
 
     def close(self) -> None:
         """Flush the metrics and leave the process group."""

@@ -72,8 +72,8 @@ def main() -> None:
         path = folder / "run.toml"
         path.write_text(config_text(folder, session.cell, session.sizes, session.smoke), encoding="utf-8")
         config = load_config(str(path)).config
-        trainer = Trainer(config, resolve_shape(config.model), Degrees(1, 1))
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        trainer = Trainer(config, resolve_shape(config.model), Degrees())
+        parameters = sum(p.numel() for _, p in trainer.runner.named_parameters())
         dtype = str(compute_dtype(trainer.world.device, config.training)).removeprefix("torch.")
         gc.disable()  # as Trainer.train does
         session.ready(parameters, dtype, torch.get_num_threads(), titanling=__version__, torch=torch.__version__)

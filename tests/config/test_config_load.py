@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import tomli_w
@@ -186,6 +186,8 @@ def wrong_values(dotted: str) -> list[Any]:
         return ["a", 3, [3], {"a": 1}]
     if get_origin(annotation) is Literal:
         return ["no such choice", 3, True, ["a"]]
+    if get_origin(annotation) is Union:  # a choice, or a number of ranks
+        return ["no such choice", "3", 1, True, 2.5, ["a"]]
     return [3, True, 1.5, ["a"]]
 
 

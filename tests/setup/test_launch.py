@@ -62,9 +62,10 @@ def gone(pid: int) -> bool:
 
 def test_environment_and_arguments(module: Write) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
-    result = launch(
-        module(f"import os, sys; print([os.environ[n] for n in {names}], sys.argv[1:])"), "--config", "a b", "--", "c"
-    )
+    # One write a line, so that the two processes' do not mix.
+    source = f"import os, sys; values = [os.environ[n] for n in {names}]\n"
+    source += r'sys.stdout.write(f"{values} {sys.argv[1:]}\n")'
+    result = launch(module(source), "--config", "a b", "--", "c")
     assert result.returncode == 0
     assert sorted(result.stdout.splitlines()) == [
         "['0', '0', '2', '2', '0', '127.0.0.1'] ['--config', 'a b', '--', 'c']",

@@ -10,7 +10,9 @@ import pytest
 PROGRAM = """
 import json, os, sys
 names = ("RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
-print(json.dumps({"argv": sys.argv[1:], "cwd": os.getcwd(), **{n: os.environ.get(n) for n in names}}), flush=True)
+report = {"argv": sys.argv[1:], "cwd": os.getcwd(), **{n: os.environ.get(n) for n in names}}
+sys.stdout.write(json.dumps(report) + "\\n")  # one write, so that two processes' lines do not mix
+sys.stdout.flush()
 sys.exit(int(os.environ.get("CODE", "0")))
 """
 

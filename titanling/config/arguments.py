@@ -16,10 +16,11 @@ class Arguments(NamedTuple):
     overrides: Tree
     print_config: bool
     help: bool
+    dry_run: bool
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
-    """Parse `--config FILE`, `--print-config`, `--help`, and overrides `--table.key value` or `--table.key=value`.
+    """Parse `--config FILE`, `--print-config`, `--dry-run`, `--help`, and overrides: `--table.key value` or `=value`.
 
     A value is a TOML scalar or array; text for a string key needs no quotes; a boolean key alone means true.
     Raises UserError for anything else.
@@ -29,7 +30,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     while rest:
         word = rest.pop(0)
         name, given, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "-h", "--print-config"):
+        if word in ("--help", "-h", "--print-config", "--dry-run"):
             flags.add(word)
         elif word.startswith("--") and (name in ("config", "job.config_file")):
             config = value if given else _next(rest, word)
@@ -40,9 +41,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 value = "true" if alone else _next(rest, word)
             overrides[name] = _parse(value, annotation)
         else:
-            hint = nearest(name, ["config", "print-config", "help"]) if word.startswith("--") else ""
+            hint = nearest(name, ["config", "print-config", "dry-run", "help"]) if word.startswith("--") else ""
             raise UserError(f"{COMMAND_LINE}: {word!r}: expected --config FILE or --table.key value{hint}")
-    return Arguments(config, overrides, "--print-config" in flags, bool(flags & {"--help", "-h"}))
+    return Arguments(config, overrides, "--print-config" in flags, bool(flags & {"--help", "-h"}), "--dry-run" in flags)
 
 
 def _next(rest: list[str], word: str) -> str:

@@ -169,14 +169,24 @@ def _explain(error: ValidationError, origins: dict[str, str], path: str) -> str:
     details = error.errors(include_url=False)
     # An unknown name is the likeliest root cause of whatever else is wrong: say it first.
     details.sort(key=lambda d: d["type"] != "extra_forbidden")
-    lines = [_explain_one(detail, origins, path) for detail in details]
+    by_key: dict[str, list[ErrorDetails]] = {}
+    for detail in details:
+        by_key.setdefault(_key_of(detail), []).append(detail)
+    lines = [_explain_one(dotted, complaints, origins, path) for dotted, complaints in by_key.items()]
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return lines[0] + more
 
 
-def _explain_one(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:
+def _key_of(detail: ErrorDetails) -> str:
     names = [part for part in detail["loc"] if isinstance(part, str)]
-    dotted, kind, context = ".".join(names), detail["type"], detail.get("ctx", {})
+    # A key of several types has its complaints further down, one for each type.
+    starts = (".".join(names[:length]) for length in range(1, len(names)))
+    return next((start for start in starts if is_key(start) and start not in known_tables()), ".".join(names))
+
+
+def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str, str], path: str) -> str:
+    detail = complaints[0]
+    kind, context = detail["type"], detail.get("ctx", {})
     where = _origin(origins, dotted, path)
     if kind == "extra_forbidden":
         return f"{where}: {unknown_key(dotted)}"
@@ -186,7 +196,9 @@ def _explain_one(detail: ErrorDetails, origins: dict[str, str], path: str) -> st
         return f"{_origin(origins, culprit, path)}: {dotted}.{context['error']}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, [{dotted}]"
-    return f"{where}: {dotted} = {_show(detail['input'])}: {_requirement(kind, context, detail['msg'])}"
+    wanted = list(dict.fromkeys(_requirement(each["type"], each.get("ctx", {}), each["msg"]) for each in complaints))
+    requirement = ", or ".join([wanted[0], *(text.removeprefix("must be ") for text in wanted[1:])])
+    return f"{where}: {dotted} = {_show(detail['input'])}: {requirement}"
 
 
 def _requirement(kind: str, context: dict[str, Any], message: str) -> str:

@@ -13,11 +13,12 @@ from pydantic_core import PydanticUndefined
 from titanling.config.load import known_tables
 
 HELP = """\
-usage: python -m titanling.train --config FILE [--table.key value …] [--print-config]
+usage: python -m titanling.train --config FILE [--table.key value …] [--print-config | --dry-run]
 
   --config FILE    the run's TOML; it may start with  extends = "other.toml"
   --table.key V    override one key: --training.steps 400, --optimizer.lr=3e-4, --compile.enable
   --print-config   print the resolved TOML and exit
+  --dry-run        print memory, collectives and speed to expect, and exit (scripts/plan.py has more options)
   --help           print this and exit
 
 example: python -m titanling.train --config train_configs/debug.toml --training.steps 400

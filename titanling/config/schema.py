@@ -13,6 +13,11 @@ Text = Annotated[str, Field(min_length=1)]
 # TOML has lists; a frozen config wants tuples.
 Strings = Annotated[tuple[Text, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+SCHEDULE_NAMES = {
+    name.lower(): name
+    for name in ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+}
+"""Pipeline schedules; their case does not matter."""
 
 
 def not_yet(default: Any) -> Any:
@@ -86,8 +91,8 @@ class Model(Table):
     """Directory of a Hugging Face tokenizer (tokenizer.json), used to sample, check the data and export."""
     tokenizer_path: Text | None = not_yet(None)
     """torchtitan's deprecated tokenizer.model path; use hf_assets_path."""
-    converters: Strings = not_yet(())
-    """Model converters such as quantize.linear.float8."""
+    converters: Strings = ()
+    """Model converters; "quantize.linear.float8" is the one there is."""
     print_after_conversion: bool = not_yet(False)
     """Print the model after the converters ran."""
     dim: int | None = Field(None, ge=8)
@@ -171,8 +176,8 @@ class Training(Table):
     """Gradients are clipped to this global norm."""
     steps: int = Field(10000, ge=1)
     """Optimizer steps of the whole run. Raise it to extend a finished run."""
-    enable_cpu_offload: bool = not_yet(False)
-    """Keep parameters and optimizer state in CPU memory (FSDP)."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in CPU memory (FSDP on CUDA)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters, gradients and optimizer state are held."""
     mixed_precision_param: Dtype = "bfloat16"
@@ -207,25 +212,44 @@ class Parallelism(Table):
     """Copies of the model (DDP; with sharding: HSDP)."""
     data_parallel_shard_degree: int = Field(-1, ge=-1)
     """Ranks that share one copy (FSDP2). -1: all that are left. 1: no sharding."""
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after each block's forward. default: always."""
-    tensor_parallel_degree: int = not_yet(1)
-    """Ranks that share each matrix."""
-    enable_async_tensor_parallel: bool = not_yet(False)
-    """Overlap tensor-parallel communication with its matmuls."""
-    disable_loss_parallel: bool = not_yet(False)
-    """Gather the logits before the loss under tensor parallelism."""
-    pipeline_parallel_degree: int = not_yet(1)
-    """Pipeline stages."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] | Annotated[int, Field(ge=2)] = "default"
+    """Free gathered parameters after each block's forward. default: always, but never under pipeline parallelism,
+    where every micro-batch would gather them again. A number: keep them sharded over so many ranks only (of a node)."""
+    fsdp_prefetch: int = Field(1, ge=1)
+    """Blocks whose parameters FSDP gathers ahead of their use."""
+    tensor_parallel_degree: int = Field(1, ge=1)
+    """Ranks that share each matrix, and the sequence between matrices (Megatron's sequence parallelism)."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with its matmuls. Needs CUDA and compile."""
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss under tensor parallelism, instead of a loss over shards of the vocabulary."""
+    pipeline_parallel_degree: int = Field(1, ge=1)
+    """Ranks that each hold some of the layers."""
     pipeline_parallel_schedule: str = "1F1B"
-    """Pipeline schedule; read only when pipeline_parallel_degree > 1."""
-    context_parallel_degree: int = not_yet(1)
+    """GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV; read only when
+    pipeline_parallel_degree > 1."""
+    pipeline_parallel_microbatch_size: int = Field(1, ge=1)
+    """Sequences in one pipeline micro-batch. Those of all accumulation steps go through one schedule."""
+    pipeline_parallel_layers_per_stage: int | None = Field(None, ge=1)
+    """Layers of a stage; unset: one stage per rank, two under the schedules that interleave."""
+    pipeline_parallel_first_stage_less_layers: int = Field(1, ge=0)
+    """How many layers the embedding weighs when layers are divided into stages."""
+    pipeline_parallel_last_stage_less_layers: int = Field(1, ge=0)
+    """How many layers the output head weighs when layers are divided into stages."""
+    context_parallel_degree: int = Field(1, ge=1)
     """Ranks that share each sequence."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How context-parallel ranks exchange keys and values; read only when context_parallel_degree > 1."""
+    """How context-parallel ranks exchange keys and values. "alltoall" (ring attention) is not supported."""
+    plans: Strings = ()
+    """Plans of your own, applied beside ours: "path/to/file.py:ClassName" each (docs/parallelism.md)."""
 
     @model_validator(mode="after")
     def _check(self) -> "Parallelism":
+        if self.pipeline_parallel_schedule.lower() not in SCHEDULE_NAMES:
+            raise ValueError(
+                f'pipeline_parallel_schedule = "{self.pipeline_parallel_schedule}" is unknown; use one of'
+                f" {', '.join(SCHEDULE_NAMES.values())}"
+            )
         if self.data_parallel_shard_degree == 0:
             raise ValueError("data_parallel_shard_degree = 0: must be positive, or -1 for all ranks that are left")
         return self
@@ -265,10 +289,21 @@ class Checkpoint(Table):
 class ActivationCheckpoint(Table):
     """Recomputing activations in the backward pass to save memory."""
 
-    mode: Literal["none", "selective", "full", "memory_budget"] = not_yet("none")
-    """What is recomputed."""
+    mode: Literal["none", "selective", "full", "memory_budget"] = "none"
+    """What is recomputed: nothing; what selective_ac_option says; every block; or what the compiler finds cheapest
+    within memory_budget."""
     selective_ac_option: Text = "2"
-    """"op", or every how many layers; read only when mode = "selective"."""
+    """"op": matrix products and attention are kept, all else is recomputed. A number k: every k-th block is recomputed.
+    Read only when mode = "selective"."""
+    memory_budget: float = Field(0.5, ge=0, le=1)
+    """Share of the activations that may be kept: 0 recomputes all, 1 nothing. Read only when mode = "memory_budget"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ActivationCheckpoint":
+        option = self.selective_ac_option
+        if option != "op" and not (option.isdecimal() and int(option) > 0):
+            raise ValueError(f'selective_ac_option = "{option}": must be "op" or a positive number, as in "2"')
+        return self
 
 
 class Compile(Table):
@@ -282,6 +317,8 @@ class Compile(Table):
     """"model": each transformer block. "loss" is torchtitan's; ours works in place and gains nothing from it."""
     backend: Text = "inductor"
     """Compiler backend."""
+    cache_dir: Text | None = None
+    """Folder of the compiled code, kept for the next start; torch's own choice if unset."""
 
 
 class Float8(Table):
@@ -314,6 +351,8 @@ class Quantize(Table):
 class Comm(Table):
     """Collective communication."""
 
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: NCCL (on ROCm, RCCL) for GPU tensors, gloo for CPU tensors."""
     init_timeout_seconds: int = Field(300, ge=1)
     """How long a collective may wait for other ranks; at start-up, how long preparing data may take."""
     train_timeout_seconds: int = not_yet(100)

@@ -1,71 +1,95 @@
-"""Data parallelism: FSDP2, HSDP or DDP, by the mesh's two data dimensions."""
+"""Data parallelism: FSDP2, HSDP or DDP, by the mesh's data dimensions."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from titanling.config.schema import Parallelism, Training
-from titanling.model.init import initialize_rows
-from titanling.model.llama import Llama
+from titanling.model.layout import ModelLayout
+from titanling.parallel.degrees import Degrees
 from titanling.parallel.mesh import World
+from titanling.parallel.plan import Plan
 from titanling.parallel.precision import compute_dtype
 
 
-def shard(model: Llama, world: World, settings: Parallelism, training: Training) -> None:
-    """Shard every block's parameters over `dp_shard` (FSDP2), copies over `dp_replicate` (HSDP). In place, on meta.
+class DataParallel(Plan):
+    """Copies over `dp_replicate`, shards of each copy over `dp_shard` and `cp`.
 
-    Does nothing where dp_shard is 1. Parameter names do not change.
+    Copies alone are DDP, which wraps the module (`wrap`) once it has memory. All else is FSDP2, block by block, in
+    place: HSDP where there are copies of shards.
     """
-    if world.mesh is None or world.mesh["dp_shard"].size() == 1:
-        return
-    mesh = world.mesh if world.mesh["dp_replicate"].size() > 1 else world.mesh["dp_shard"]
-    precision = MixedPrecisionPolicy(
-        param_dtype=compute_dtype(world.device, training),
-        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        cast_forward_inputs=False,  # RoPE's angles stay float32
-    )
-    reshard = settings.fsdp_reshard_after_forward != "never"
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    # The root holds embedding, norm and head: needed first and last, so they stay gathered between.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
+    name = "data"
+    needs = ("dp_replicate", "dp_shard", "cp")
 
-def materialize(model: Llama, world: World, seed: int) -> None:
-    """Give a model on meta its memory and its initial weights: the same weights under every layout."""
-    model.to_empty(device=world.device)
-    for name, parameter in model.named_parameters():
-        local, first_row = local_rows(parameter)
-        initialize_rows(local, name, model.shape, seed, first_row)
+    def __init__(self, settings: Parallelism, training: Training, degrees: Degrees) -> None:
+        self.settings, self.training, self.degrees = settings, training, degrees
 
+    @property
+    def replicates_only(self) -> bool:
+        """Whether this is DDP."""
+        return self.degrees.dp_replicate == self.degrees.world > 1
 
-def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a parameter, detached and sharing its memory, and the index of the first of them."""
-    parameter = parameter.detach()
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    local, first_row, rows = parameter.to_local(), 0, parameter.size(0)
-    for dim, placement in enumerate(parameter.placements):
-        if placement.is_shard():
-            # FSDP2 cuts as torch.chunk does: equal pieces rounded up, the last ones short or empty.
-            piece = -(-rows // parameter.device_mesh.size(dim))
-            first_row += min(piece * parameter.device_mesh.get_local_rank(dim), rows)
-    return local, first_row
+    @property
+    def reshards(self) -> bool | int:
+        """What happens to gathered parameters after a block's forward pass, as FSDP2 takes it."""
+        wanted = self.settings.fsdp_reshard_after_forward
+        if wanted == "default":
+            # Every micro-batch of a pipeline would gather them again.
+            return self.degrees.pp == 1
+        return wanted if isinstance(wanted, int) else wanted == "always"
 
+    def apply(self, model: nn.Module, world: World) -> None:
+        """In place, on meta; names do not change. Nothing to do for DDP."""
+        if self.replicates_only:
+            return
+        # Under a tensor plan the logits are a view. Our loss overwrites them, but not so that autograd would see it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        options: dict[str, Any] = {
+            "mesh": world.submesh("dp_replicate", "fsdp") if self.degrees.dp_replicate > 1 else world.submesh("fsdp"),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute_dtype(world.device, self.training),
+                reduce_dtype=getattr(torch, self.training.mixed_precision_reduce),
+                cast_forward_inputs=False,  # RoPE's angles stay float32
+            ),
+        }
+        if self.training.enable_cpu_offload and world.device.type == "cuda":
+            options["offload_policy"] = CPUOffloadPolicy()
+        layout: ModelLayout = model.layout  # type: ignore[assignment]
+        blocks: list[Any] = list(model.get_submodule(layout.blocks).children())
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.reshards, **options)
+        # The root holds embedding, norm and head: needed first and last, so they stay gathered between.
+        fully_shard(model, reshard_after_forward=False, **options)
+        ahead = self.settings.fsdp_prefetch
+        if ahead > 1:  # FSDP looks one block ahead by itself
+            for index, block in enumerate(blocks):
+                block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])
+                block.set_modules_to_backward_prefetch(blocks[max(0, index - ahead) : index][::-1])
 
-def replicate(model: Llama, world: World) -> nn.Module:
-    """The module to call for a forward pass: under DDP a wrapper around `model`, otherwise `model` itself."""
-    if world.mesh is None or world.mesh["dp_shard"].size() > 1:
-        return model
-    # Weights are equal by construction (`materialize`) and there are no buffers: nothing to broadcast.
-    return DistributedDataParallel(
-        model, process_group=world.mesh["dp_replicate"].get_group(), init_sync=False, gradient_as_bucket_view=True
-    )
+    def wrap(self, model: nn.Module, world: World) -> nn.Module:
+        """The module to call for a forward pass: under DDP a wrapper around `model`, otherwise `model` itself."""
+        if not self.replicates_only:
+            return model
+        # Weights are equal by construction and there are no buffers: nothing to broadcast.
+        group = world.submesh("dp_replicate").get_group()
+        return DistributedDataParallel(model, process_group=group, init_sync=False, gradient_as_bucket_view=True)
+
+    def describe(self) -> str:
+        """One line."""
+        degrees = self.degrees
+        if self.replicates_only:
+            return f"DDP, {degrees.dp_replicate} copies"
+        kind = "HSDP" if degrees.dp_replicate > 1 else "FSDP2"
+        copies = f"{degrees.dp_replicate} copies of " if degrees.dp_replicate > 1 else ""
+        shared = f" ({degrees.dp_shard} data × {degrees.cp} context)" if degrees.cp > 1 else ""
+        kept = {True: "freed after each block", False: "kept until the backward pass"}
+        after = kept.get(self.reshards, f"kept over {self.reshards} ranks")
+        return f"{kind}, {copies}{degrees.fsdp} shards{shared}, gathered parameters {after}"
 
 
 def sync_gradients(module: nn.Module, enabled: bool) -> None:
@@ -76,19 +100,12 @@ def sync_gradients(module: nn.Module, enabled: bool) -> None:
         module.require_backward_grad_sync = enabled
 
 
-@contextmanager
-def evaluation(module: nn.Module) -> Iterator[None]:
-    """Forward passes without gradients: dropout off, and FSDP's parameters sharded again at the end.
+def reshard(module: nn.Module) -> None:
+    """Shard FSDP's parameters again.
 
     FSDP shards what it keeps gathered after a forward pass only in the backward pass. Until then, the model's
     parameters are not the ones that the optimizer knows, and a checkpoint would miss their optimizer state.
     """
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train()
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

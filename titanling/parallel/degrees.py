@@ -1,23 +1,48 @@
-"""How many ranks do what. Imports no torch, so that a mismatch costs no start-up."""
+"""How many ranks do what, and whether a model divides so. Imports no torch, so that a mismatch costs no start-up."""
 
 import os
 from dataclasses import dataclass
+from math import gcd
 
-from titanling.config.schema import Parallelism, Training
+from titanling.config.schema import Compile, Parallelism, Training
 from titanling.errors import UserError
+from titanling.model.presets import LlamaShape
+from titanling.parallel.stages import SCHEDULES, cut_layers
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """Sizes of the mesh's dimensions; their product is the world size."""
+    """Sizes of the mesh's dimensions, outermost first; their product is the world size."""
 
-    dp_replicate: int
-    dp_shard: int
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
 
     @property
     def dp(self) -> int:
-        """Ranks that see different data."""
+        """Ranks that see different sequences."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that share one copy of a parameter under FSDP: context-parallel ranks need the same weights too."""
+        return self.dp_shard * self.cp
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.dp * self.cp * self.tp
+
+
+KEYS = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
 
 
 def world_size() -> int:
@@ -27,16 +52,19 @@ def world_size() -> int:
 
 def resolve_degrees(settings: Parallelism, world: int) -> Degrees:
     """Fill in -1 and check the degrees against the world size. Raises UserError if they do not multiply to it."""
-    replicate, shard = settings.data_parallel_replicate_degree, settings.data_parallel_shard_degree
-    if shard == -1:
-        shard = max(1, world // replicate)
-    if replicate * shard != world:
+    sizes = {name: getattr(settings, key) for name, key in KEYS.items()}
+    if sizes["dp_shard"] == -1:
+        others = sizes["pp"] * sizes["dp_replicate"] * sizes["cp"] * sizes["tp"]
+        sizes["dp_shard"] = max(1, world // others)
+    degrees = Degrees(**sizes)
+    if degrees.world != world:
+        asked = [f"{key} = {getattr(settings, key)}" for key in KEYS.values() if getattr(settings, key) != 1]
         raise UserError(
-            f"parallelism.data_parallel_replicate_degree = {replicate} × data_parallel_shard_degree ="
-            f" {settings.data_parallel_shard_degree} does not fit {world} process{'es' if world > 1 else ''}"
-            " (NGPU × NNODES); their product must be the number of processes"
+            f"parallelism.{' × '.join(asked) or KEYS['dp_shard'] + ' = 1'} does not fit {world}"
+            f" process{'es' if world > 1 else ''} (NGPU × NNODES); the product of all degrees must be the number of"
+            " processes"
         )
-    return Degrees(replicate, shard)
+    return degrees
 
 
 def accumulation_steps(training: Training, dp: int) -> int:
@@ -50,3 +78,75 @@ def accumulation_steps(training: Training, dp: int) -> int:
             f" training.local_batch_size = {training.local_batch_size} × {dp} data-parallel ranks = {together}"
         )
     return training.global_batch_size // together
+
+
+def check_layout(
+    settings: Parallelism, degrees: Degrees, shape: LlamaShape, training: Training, compile: Compile
+) -> None:
+    """Whether the model and its sequences divide by the degrees. Raises UserError naming the key that does not."""
+    _check_tensor(settings, degrees, shape)
+    check_sequence("training.seq_len", training.seq_len, degrees)
+    kept = settings.fsdp_reshard_after_forward
+    if isinstance(kept, int) and degrees.fsdp % kept:
+        raise UserError(
+            f"parallelism.fsdp_reshard_after_forward = {kept} does not divide the {degrees.fsdp} ranks that share a"
+            " parameter (data_parallel_shard_degree × context_parallel_degree)"
+        )
+    if training.enable_cpu_offload and degrees.fsdp == 1:
+        raise UserError("training.enable_cpu_offload = true needs FSDP: data_parallel_shard_degree above 1")
+    if degrees.pp > 1:
+        _check_pipeline(settings, degrees, shape, training)
+        if compile.enable and SCHEDULES[settings.pipeline_parallel_schedule.lower()].splits_backward:
+            raise UserError(
+                f'parallelism.pipeline_parallel_schedule = "{settings.pipeline_parallel_schedule}" splits the backward'
+                " pass, which compiled blocks cannot; set compile.enable = false, or use Interleaved1F1B"
+            )
+
+
+def check_sequence(key: str, seq_len: int, degrees: Degrees) -> None:
+    """Whether sequences of this length (the value of `key`) divide by the context- and tensor-parallel ranks."""
+    # Two pieces of each sequence per context-parallel rank, an early and a late one; then a share per tensor rank.
+    pieces = 2 * degrees.cp if degrees.cp > 1 else 1
+    if seq_len % pieces or (seq_len // degrees.cp) % degrees.tp:
+        unit = degrees.cp * degrees.tp * pieces // gcd(pieces, degrees.cp * degrees.tp)
+        raise UserError(
+            f"{key} = {seq_len} does not divide by context_parallel_degree = {degrees.cp} (two pieces each) and"
+            f" tensor_parallel_degree = {degrees.tp}; use a multiple of {unit}"
+        )
+
+
+def _check_tensor(settings: Parallelism, degrees: Degrees, shape: LlamaShape) -> None:
+    tp = degrees.tp
+    for key in ("n_kv_heads", "n_heads", "ffn_dim"):
+        if getattr(shape, key) % tp:
+            possible = gcd(gcd(shape.n_heads, shape.n_kv_heads), shape.ffn_dim)
+            fits = ", ".join(str(n) for n in range(1, possible + 1) if possible % n == 0)
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {tp} does not divide model.{key} = {getattr(shape, key)};"
+                f" this model can use {fits}"
+            )
+    if settings.enable_async_tensor_parallel and tp == 1:
+        raise UserError("parallelism.enable_async_tensor_parallel = true needs tensor_parallel_degree above 1")
+
+
+def _check_pipeline(settings: Parallelism, degrees: Degrees, shape: LlamaShape, training: Training) -> None:
+    if shape.tie_embeddings:
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree = {degrees.pp}: the tied embedding would be on the first and the"
+            " last stage; set model.tie_embeddings = false, or pipeline_parallel_degree = 1"
+        )
+    schedule = SCHEDULES[settings.pipeline_parallel_schedule.lower()]
+    stages = len(cut_layers(settings, degrees.pp, shape.n_layers))
+    sequences = training.local_batch_size * accumulation_steps(training, degrees.dp)
+    size = settings.pipeline_parallel_microbatch_size
+    if sequences % size:
+        raise UserError(
+            f"parallelism.pipeline_parallel_microbatch_size = {size} does not divide the {sequences} sequences of a"
+            " step on one rank (training.global_batch_size / data-parallel ranks)"
+        )
+    problem = schedule.problem(sequences // size, degrees.pp, stages)
+    if problem:
+        raise UserError(
+            f'parallelism.pipeline_parallel_schedule = "{settings.pipeline_parallel_schedule}" {problem}; raise'
+            " training.global_batch_size or use GPipe, which takes any number"
+        )

@@ -1,5 +1,6 @@
 """The processes of a run and their device mesh. CUDA (NVIDIA or ROCm) where there is one, else the CPU with gloo."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,18 +14,46 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from titanling.config.schema import Comm
 from titanling.errors import UserError
 from titanling.parallel.degrees import Degrees, world_size
+from titanling.parallel.rendezvous import rendezvous
 
 T = TypeVar("T")
+DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first: what talks most lies closest together, within a node."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others: its rank, device and mesh (None when it is alone)."""
+    """This process among the others.
+
+    `mesh` is that of the parameters, (pp, dp_replicate, fsdp, tp), where fsdp is dp_shard × cp: FSDP shards over both,
+    for context-parallel ranks need the same weights too. `cp_mesh` is that of a sequence. None where there is but one.
+    """
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None
+    degrees: Degrees
+    mesh: DeviceMesh | None = None
+    cp_mesh: DeviceMesh | None = None
+
+    def degree(self, dimension: str) -> int:
+        """Number of ranks along one of DIMENSIONS."""
+        return getattr(self.degrees, dimension)
+
+    def index(self, dimension: str) -> int:
+        """This rank's place along one of DIMENSIONS."""
+        inner = DIMENSIONS[DIMENSIONS.index(dimension) + 1 :]
+        return self.rank // math.prod(map(self.degree, inner)) % self.degree(dimension)
+
+    def submesh(self, *dimensions: str) -> DeviceMesh:
+        """The mesh of some dimensions of `mesh`, around this rank."""
+        assert self.mesh is not None
+        return self.mesh[dimensions if len(dimensions) > 1 else dimensions[0]]
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of the sequences this rank reads."""
+        return self.index("dp_replicate") * self.degrees.dp_shard + self.index("dp_shard")
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """All-reduce `tensor` in place over all ranks and return it."""
@@ -41,28 +70,46 @@ class World:
         return values
 
 
-def start_world(degrees: Degrees, comm: Comm) -> World:
-    """Join the other ranks (the environment is torchrun's) and build the mesh (dp_replicate, dp_shard)."""
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"NGPU: process {local_rank + 1} of this node has no GPU, there are {torch.cuda.device_count()}; start"
-                " one process per GPU"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    size = world_size()
+def local_device(comm: Comm) -> torch.device:
+    """This process's device. Raises UserError if it has no GPU of its own, or if comm.backend needs one."""
+    if not torch.cuda.is_available():
+        if comm.backend == "nccl":
+            raise UserError('comm.backend = "nccl" needs GPUs and this machine has none; set "auto" or "gloo"')
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"NGPU: process {local_rank + 1} of this node has no GPU, there are {torch.cuda.device_count()}; start"
+            " one process per GPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_world(degrees: Degrees, comm: Comm, device: torch.device) -> World:
+    """Join the other ranks (the environment is torchrun's) and build the mesh. Raises UserError if some are missing."""
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
     if size == 1:
-        return World(rank, size, device, None)
+        return World(rank, size, device, degrees, None)
     # Objects (hashes, errors) travel over gloo whatever the device, so that no GPU is touched for them.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds))
-    sizes = (degrees.dp_replicate, degrees.dp_shard)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(rank, size, device, mesh)
+    gpu = "nccl" if comm.backend == "auto" else comm.backend
+    backend = f"cpu:gloo,cuda:{gpu}" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    store = rendezvous(rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, device, degrees, *build_meshes(degrees, device.type))
+
+
+def build_meshes(degrees: Degrees, device_type: str) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """World's `mesh` and `cp_mesh`; the default process group must exist."""
+    outer, inner = (degrees.pp, degrees.dp_replicate), (degrees.tp,)
+    names = ("pp", "dp_replicate", "fsdp", "tp")
+    mesh = init_device_mesh(device_type, (*outer, degrees.fsdp, *inner), mesh_dim_names=names)
+    if degrees.cp == 1:
+        return mesh, None
+    sizes = (*outer, degrees.dp_shard, degrees.cp, *inner)
+    return mesh, init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)["cp"]
 
 
 def stop_world(world: World) -> None:

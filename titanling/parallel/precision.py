@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from titanling.config.schema import Training
-from titanling.model.llama import Llama
+from titanling.model.layout import ModelLayout
+from titanling.parallel.mesh import World
+from titanling.parallel.plan import Plan
 
 
 def compute_dtype(device: torch.device, training: Training) -> torch.dtype:
@@ -18,13 +20,29 @@ def compute_dtype(device: torch.device, training: Training) -> torch.dtype:
     return torch.float32 if wanted == torch.bfloat16 and emulated else wanted
 
 
-def compute_in(model: Llama, dtype: torch.dtype) -> None:
+class Precision(Plan):
     """Let the forward pass run in `dtype`: the embedding's output is cast, and all that follows takes its type.
 
     Weights are cast where they are used. FSDP's own policy does that before it gathers them, which halves the traffic.
     """
 
-    def cast(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.to(dtype)
+    name = "precision"
 
-    model.model.embed_tokens.register_forward_hook(cast)
+    def __init__(self, training: Training, device: torch.device) -> None:
+        self.wanted, self.dtype = training.mixed_precision_param, compute_dtype(device, training)
+
+    def apply(self, model: nn.Module, world: World) -> None:
+        """In place."""
+        layout: ModelLayout = model.layout  # type: ignore[assignment]
+
+        def cast(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.to(self.dtype)
+
+        model.get_submodule(layout.embedding).register_forward_hook(cast)
+
+    def describe(self) -> str:
+        """One line."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if dtype == self.wanted:
+            return f"computes in {dtype}"
+        return f"computes in {dtype}, faster and more exact here: this CPU has no {self.wanted} units"

@@ -1,0 +1,204 @@
+"""How the ranks of a run meet: one store that all have reached, or one line that names the address and who is missing.
+
+torch's own start-up waits quietly for a peer that never comes, then writes pages of warnings and stack frames; so the
+waiting is done here, and torch's store is asked only what it can answer at once.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from titanling.errors import UserError
+
+SIOCGIFADDR = 0x8915  # netdevice(7)
+NAMED_AT_MOST = 16
+POLL_SECONDS = 0.1
+FAREWELL_SECONDS = 5.0
+"""How long rank 0 keeps the store of a failed start open, for the others to read why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how long one rank looks for the others."""
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    timeout: timedelta
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def limit(self) -> str:
+        """The timeout and the key that sets it."""
+        return f"{self.timeout.total_seconds():.0f} s (comm.init_timeout_seconds)"
+
+    def deadline(self) -> float:
+        """The end of the timeout if it starts now, by the monotonic clock."""
+        return time.monotonic() + self.timeout.total_seconds()
+
+
+def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """A store that all ranks have reached, at the environment's MASTER_ADDR and MASTER_PORT.
+
+    Raises UserError naming the address, and who is missing, after at most 3 × `timeout` and mostly after one. On hosts
+    whose own name leads to 127.0.0.0/8, sets GLOO_SOCKET_IFNAME unless it is set.
+    """
+    place = Place(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, size, timeout)
+    store = _open_store(place)
+    try:
+        missing, outside = _meet(place, store)
+    except RuntimeError as error:
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: rank 0 at {place} has gone ({_first_line(error)}); look at its messages"
+        ) from None
+    if missing:
+        note = "" if _address_towards(place.host) else " (no name or address that this node can reach)"
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: {_describe(missing)} of {size} did not come to {place}{note} within"
+            f" {place.limit}; are all nodes started, with the same NNODES and NGPU, each its NODE_RANK and a way there?"
+        )
+    _choose_gloo_interface(outside)
+    return store
+
+
+def _open_store(place: Place) -> dist.Store:
+    """Rank 0 opens the store (unless torchrun's agent has), the others wait until they reach it."""
+    host, port, timeout = place.host, place.port, place.timeout
+    hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        if hosts_store:
+            # It listens on every address. Its own way there is the shortest, for MASTER_ADDR may be a forwarded one.
+            store = dist.TCPStore("127.0.0.1", port, place.size, True, timeout=timeout, wait_for_workers=False)
+        else:
+            _wait_for_listener(host, port, place.deadline())
+            store = dist.TCPStore(host, port, place.size, False, timeout=timeout, wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        reason = _first_line(error)
+        if "EADDRINUSE" in reason:
+            raise UserError(f"MASTER_PORT={port}: in use on node 0 ({host}); set another one on all nodes") from None
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: rank {place.rank} could not {'open' if hosts_store else 'reach'} {place} within"
+            f" {place.limit}: {reason}; is node 0 running, and is that its address as the other nodes see it?"
+        ) from None
+    return dist.PrefixStore(f"titanling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_listener(host: str, port: int, deadline: float) -> None:
+    """Return once something listens there; OSError (why not) after `deadline`, a time of the monotonic clock."""
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host, port), timeout=max(POLL_SECONDS, left)).close()
+            return
+        except OSError:
+            if time.monotonic() + POLL_SECONDS >= deadline:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+def _meet(place: Place, store: dist.Store) -> tuple[list[int], str]:
+    """Wait for all ranks; return those that did not come, and an address of some node that is not a loopback one.
+
+    Rank 0 decides, and tells the others. Raises RuntimeError if rank 0 goes, UserError if this rank is there already.
+    """
+    if store.add(f"claims of {place.rank}", 1) > 1:
+        raise UserError(
+            f"NODE_RANK: rank {place.rank} is at {place} already; give every node its own NODE_RANK, or another"
+            " MASTER_PORT if a second run uses this one"
+        )
+    names = [f"rank {other}" for other in range(place.size)]
+    store.set(names[place.rank], _address_towards(place.host) or "")
+    if place.rank == 0:
+        missing = _missing(store, names, place.deadline())
+        addresses = [] if missing else [address.decode() for address in store.multi_get(names)]
+        outside = next((address for address in addresses if address and not _is_loopback(address)), "")
+        store.set("outcome", json.dumps([missing, outside]))
+    # Rank 0 may have started last, and then waits its own full time.
+    store.wait(["outcome"], 2 * place.timeout)
+    missing, outside = json.loads(store.get("outcome"))
+    if missing:
+        store.set(f"told {place.rank}", "")
+        if place.rank == 0:
+            told = [f"told {other}" for other in range(place.size) if other not in missing]
+            _missing(store, told, time.monotonic() + FAREWELL_SECONDS)
+    return missing, outside
+
+
+def _missing(store: dist.Store, names: list[str], deadline: float) -> list[int]:
+    """Indices of the `names` that the store does not hold by `deadline`, a time of the monotonic clock."""
+    while not store.check(names):
+        if time.monotonic() > deadline:
+            return [index for index, name in enumerate(names) if not store.check([name])]
+        time.sleep(POLL_SECONDS)
+    return []
+
+
+def _describe(ranks: list[int]) -> str:
+    """E.g. "rank 8, 9 (NODE_RANK 1)"; nodes as far as the launcher says how many ranks each has."""
+
+    def some(numbers: list[int]) -> str:
+        return ", ".join(map(str, numbers[:NAMED_AT_MOST])) + (" …" if len(numbers) > NAMED_AT_MOST else "")
+
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    nodes = f" (NODE_RANK {some(sorted({rank // per_node for rank in ranks}))})" if per_node else ""
+    return f"rank {some(ranks)}{nodes}"
+
+
+def _choose_gloo_interface(outside: str) -> None:
+    """Have gloo use the network that leads to `outside`, an address of some node ("": all ranks are on one host).
+
+    gloo listens at the address of the host's own name. Debian, and many containers, list that name as 127.0.1.1, where
+    no other node can reach it.
+    """
+    if not outside or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind((own, 0))
+    except OSError:
+        own = "127.0.0.1"  # what gloo takes where the name leads nowhere
+    interface = _interface_of(_address_towards(outside)) if _is_loopback(own) else None
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's IPv4 address on the way to `host`; None if there is no way. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def _interface_of(address: str | None) -> str | None:
+    """Name of the network interface that has this IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # it has no IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,69 @@
+"""The parameters of a laid-out model: their first values, and their norm, whatever the layout."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titanling.model.init import initialize
+from titanling.model.presets import LlamaShape
+from titanling.parallel.mesh import World
+
+
+def materialize(model: nn.Module, device: torch.device, shape: LlamaShape, seed: int) -> None:
+    """Give a model on meta its memory and its initial weights: the same weights under every layout."""
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        local, offsets = local_part(parameter)
+        initialize(local, offsets, parameter.shape, name, shape, seed)
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, list[int]]:
+    """This rank's part of a parameter, detached and sharing its memory, and where it begins along each dimension."""
+    parameter = parameter.detach()
+    offsets, sizes = [0] * parameter.ndim, list(parameter.shape)
+    if not isinstance(parameter, DTensor):
+        return parameter, offsets
+    # Innermost first: the tensor plan has divided a parameter before FSDP divides what is left of it.
+    for mesh_dim, placement in reversed(list(enumerate(parameter.placements))):
+        if not placement.is_replicate():  # FSDP over TP has a kind of its own, which is_shard denies
+            dim = placement.dim
+            # As torch.chunk does: equal pieces rounded up, the last ones short or empty.
+            piece = -(-sizes[dim] // parameter.device_mesh.size(mesh_dim))
+            start = min(piece * parameter.device_mesh.get_local_rank(mesh_dim), sizes[dim])
+            offsets[dim] += start
+            sizes[dim] = min(piece, sizes[dim] - start)
+    return parameter.to_local(), offsets
+
+
+def settle(parameters: Iterable[Tensor]) -> None:
+    """Add up gradients of which every tensor-parallel rank has a part: those of whole weights, such as norms'."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
+    """2-norm of all gradients of all ranks, 0-dim float32: one all-reduce of one number, whatever the layout.
+
+    Every rank sums the squares of what it holds, each divided by the number of ranks that hold the same.
+    """
+    by_copies: dict[int, list[Tensor]] = {}
+    replicated = world.degrees.dp_replicate == world.size  # one process is the simplest case of it
+    for gradient in gradients:
+        copies = 1 if replicated else world.size // world.degrees.pp
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            divided = [mesh.size(d) for d, place in enumerate(gradient.placements) if not place.is_replicate()]
+            copies //= math.prod(divided)
+            gradient = gradient.to_local()
+        by_copies.setdefault(copies, []).append(gradient)
+    squares = [
+        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum() / copies
+        for copies, tensors in sorted(by_copies.items())
+    ]
+    total = torch.stack(squares).sum()
+    return (total if replicated else world.sum_(total)).sqrt()
