@@ -1,7 +1,8 @@
-"""Data-parallel layouts against one process: every group is one torchrun of layouts.py, whose figures are judged here.
+"""Every layout against one process: each group is one torchrun of layouts.py, whose figures are judged here.
 
-Bounds: float32 sums in another order, 1e-5 (measured: 1e-6). Half precision against float32 on these models: bfloat16
-(8 bits) loss 1e-3, gradient norm 1e-2, any parameter's gradient 3e-2 relative; float16 (11 bits) a quarter of that.
+Bounds: float32 sums in another order, 1e-5 (measured: 1.5e-6, compiled 6e-6). Half precision against float32 on these
+models: bfloat16 (8 bits) loss 1e-3, gradient norm 1e-2, any parameter's gradient 3e-2 relative; float16 (11 bits) a
+quarter of that.
 """
 
 import json
@@ -28,7 +29,7 @@ def launch(group: str, ranks: int, folder: Path, data: TinyData) -> Results:
         env=clean_env(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=580,
     )
     assert done.returncode == 0, done.stderr[:20000]
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -48,10 +49,15 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_equal_to_one_process(results: Results) -> None:
-    for case, figures in results["parity"].items():
-        assert figures["initial_differing"] == [], case
-        assert figures["names_equal"], case
-        assert max(figures["loss"], figures["norm"], figures["gradient"]) < 1e-5, (case, figures)
+    """Weights bit by bit at the start; over five steps loss, norm and the gradient of every single parameter."""
+    wrong = {case: figures for case, figures in results["parity"].items() if not equal(figures)}
+    assert not wrong
+
+
+def equal(figures: Results) -> bool:
+    """Whether one case is as it should be."""
+    same = figures["initial_differing"] == [] and figures["final_names"]
+    return same and max(figures["loss"], figures["norm"], figures["gradient"]) < 1e-5
 
 
 def test_half_precision_is_close_to_float32_and_not_equal(results: Results) -> None:
@@ -77,14 +83,29 @@ def test_checkpoints_are_bitwise_and_independent_of_the_layout(results: Results)
         assert found == dict.fromkeys(found, []), (case, found)
 
 
+def test_a_checkpoint_of_each_layout_resumes_under_the_next(results: Results) -> None:
+    """Weights and optimizer state bit by bit, and the loss of the step that follows."""
+    for index, (case, found) in enumerate(results.get("chain", {}).items()):
+        assert found["changed"] == [] and found["step"] == index and found["loss"] < 2e-6, (case, found)
+
+
+def test_validation_and_generation_are_those_of_one_process(results: Results) -> None:
+    for case, found in results["outputs"].items():
+        assert found["loss"] < 1e-6 and found["same_text"] and found["tokens"] > 0, (case, found)
+
+
 def test_a_full_disk_on_one_rank_is_told_to_all(results: Results) -> None:
-    for ranks in results["failed_save"].values():
+    for case, ranks in results["failed_save"].items():
         for found in ranks:
-            assert "No space left on device" in found["said"] and found["said"] == ranks[0]["said"]
-            assert found["left"] == ["step-000002"] and found["unchanged"]
+            assert "No space left on device" in found["said"] and found["said"] == ranks[0]["said"], case
+            assert found["left"] == ["step-000002"] and found["unchanged"], case
 
 
 @pytest.mark.slow
-def test_compiled_gradients_equal_eager_ones(tmp_path: Path, tiny_data: TinyData) -> None:
-    for case, figures in launch("compiled", 2, tmp_path, tiny_data).items():
-        assert max(figures["loss"], figures["norm"], figures["gradient"]) < 1e-5, (case, figures)
+@pytest.mark.parametrize(("group", "ranks"), [("compiled two", 2), ("compiled four", 4)])
+def test_compiled_layers_share_a_graph_and_their_gradients_equal_eager_ones(
+    tmp_path: Path, tiny_data: TinyData, group: str, ranks: int
+) -> None:
+    """The embedding's gradient above all, which torch 2.13 loses under tensor parallelism without our copy of it."""
+    for case, figures in launch(group, ranks, tmp_path, tiny_data).items():
+        assert equal(figures) and figures["graphs"] == 1, (case, figures)
