@@ -25,7 +25,7 @@ def smoke(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("script", ["train_step", "loader", "memory", "startup"])
+@pytest.mark.parametrize("script", ["train_step", "loader", "memory", "startup", "parallel", "scaling"])
 def test_help_has_an_example(script: str) -> None:
     done = run_python(BENCHMARKS / f"{script}.py", "--help")
     assert done.returncode == 0
@@ -84,3 +84,14 @@ def test_startup_reports_seconds(tmp_path: Path) -> None:
     results = smoke("startup", tmp_path)
     assert len(results["first_step_seconds"]) == len(results["config_error_seconds"]) == 1
     assert not results["config_error_imports_torch"]
+
+
+def test_parallel_reports_ratios(tmp_path: Path) -> None:
+    results = smoke("parallel", tmp_path, "--layouts", "ddp", "fsdp", "tp", "--steps", "2")
+    assert {(row["layout"], row["to"]) for row in results["ratios"]} == {("fsdp", "ddp"), ("tp", "ddp")}
+    assert all(speed > 0 for found in results["tokens_per_second"].values() for speed in found)
+
+
+def test_scaling_compares_predictions_with_published_figures(tmp_path: Path) -> None:
+    results = smoke("scaling", tmp_path)
+    assert len(results["published"]) == 2 and len(results["scaling"]) == 2
