@@ -30,6 +30,9 @@ class Float8Linear(Plan):
         asked = f'model.converters = ["{CONVERTER}"]'
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < CAPABILITY:
             raise UserError(f"{asked} needs an NVIDIA GPU of compute capability 8.9 or more (L4, H100, …); remove it")
+        for key in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"):
+            if getattr(self.settings, key):
+                raise UserError(f"quantize.linear.float8.{key} = true is not supported yet; set it to false")
         try:
             import torchao.float8  # noqa: F401
         except ImportError:
@@ -43,7 +46,7 @@ class Float8Linear(Plan):
         if self.settings.recipe_name is not None:
             config = Float8LinearConfig.from_recipe_name(self.settings.recipe_name)
         else:
-            config = Float8LinearConfig(enable_fsdp_float8_all_gather=self.settings.enable_fsdp_float8_all_gather)
+            config = Float8LinearConfig()
 
         def convert(module: nn.Module, name: str) -> bool:
             fits = isinstance(module, nn.Linear) and not module.in_features % 16 and not module.out_features % 16
