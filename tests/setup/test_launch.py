@@ -105,7 +105,9 @@ def test_sigterm_reaches_all(module: Write) -> None:
 
 
 def test_nohup_holds(module: Write) -> None:
+    ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     launcher, _ = start(module(SAVES_ON_SIGTERM))
+    signal.signal(signal.SIGHUP, ours)
     launcher.send_signal(signal.SIGHUP)
     assert launcher.wait(20) == 128 + signal.SIGHUP
     environment = module(SAVES_ON_SIGTERM)
