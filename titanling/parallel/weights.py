@@ -11,6 +11,8 @@ from titanling.model.init import initialize
 from titanling.model.presets import LlamaShape
 from titanling.parallel.mesh import World
 
+CPU_PIECE = 2**14
+
 
 def materialize(model: nn.Module, device: torch.device, shape: LlamaShape, seed: int) -> None:
     """Give a model on meta its memory and its initial weights: the same weights under every layout."""
@@ -46,6 +48,13 @@ def settle(parameters: Iterable[Tensor]) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
+def _pieces(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, on a CPU in pieces: it adds a whole tensor's squares in few float32 sums (2M elements: 1e-4 off)."""
+    if tensors[0].device.type != "cpu":
+        return tensors
+    return [piece for tensor in tensors for piece in tensor.flatten().split(CPU_PIECE)]
+
+
 def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
     """2-norm of all gradients of all ranks, 0-dim float32: one all-reduce of one number, whatever the layout.
 
@@ -62,7 +71,7 @@ def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
             gradient = gradient.to_local()
         by_copies.setdefault(copies, []).append(gradient)
     squares = [
-        torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum() / copies
+        torch.stack(torch._foreach_norm(_pieces(tensors), 2, dtype=torch.float32)).square().sum() / copies
         for copies, tensors in sorted(by_copies.items())
     ]
     total = torch.stack(squares).sum()
