@@ -28,13 +28,14 @@ DDP = [f"{P}data_parallel_replicate_degree", "2", f"{P}data_parallel_shard_degre
 COMPILE = ["--compile.enable", "true"]
 BF16 = ["--training.mixed_precision_param", "bfloat16"]
 RECOMPUTE = ["--activation_checkpoint.mode", "full"]
-# Layout → processes and options.
+# Layout → data-parallel ranks, which share the batch without accumulating, and options.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, DDP),
     "fsdp": (2, []),
-    "tp": (2, [f"{P}tensor_parallel_degree", "2"]),
-    "cp": (2, [f"{P}context_parallel_degree", "2"]),
-    "pp": (2, [f"{P}pipeline_parallel_degree", "2", "--model.tie_embeddings", "false"]),
+    "tp": (1, [f"{P}tensor_parallel_degree", "2"]),
+    "cp": (1, [f"{P}context_parallel_degree", "2"]),
+    "pp": (1, [f"{P}pipeline_parallel_degree", "2", "--model.tie_embeddings", "false"]),
+    "fsdp-never": (2, [f"{P}fsdp_reshard_after_forward", "never"]),
     "fsdp-recomputed": (2, RECOMPUTE),
     "fsdp-compiled": (2, COMPILE),
     "fsdp-bf16": (2, BF16),
@@ -42,6 +43,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 RATIOS = [
     ("fsdp", "ddp", "at least 0.9"),
+    ("fsdp-never", "ddp", "reported"),
     ("fsdp-compiled", "fsdp", "at least 1.1"),
     ("fsdp-bf16-compiled", "fsdp-bf16", "at least 1.3"),
     ("tp", "ddp", "reported"),
@@ -70,7 +72,7 @@ def main() -> None:
         for number in range(1 if arguments.smoke else arguments.rounds):
             for name in arguments.layouts:
                 say(f"round {number + 1}: {name}")
-                found[name].append(tokens_per_second(folder, f"{name}-{number}", name, arguments.steps))
+                found[name].append(tokens_per_second(folder, f"{name}-{number}", name, arguments.steps, sizes.batch))
     results |= {"tokens_per_second": found, "ratios": ratios(found)}
     report(results)
     write_json(arguments.json, results)
@@ -87,7 +89,7 @@ def write_job(folder: Path, sizes: Sizes) -> None:
     model = {key: getattr(sizes, key) for key in keys} | {"tie_embeddings": True}
     if model["n_kv_heads"] % 2:  # 6 and 3 heads do not divide by two ranks of tensor parallelism
         model |= {"n_kv_heads": model["n_heads"]}
-    training = {"seq_len": sizes.seq_len, "local_batch_size": 1, "global_batch_size": sizes.batch}
+    training = {"seq_len": sizes.seq_len, "global_batch_size": sizes.batch}
     tables = {
         "model": model | {"flavor": "minilingua_30m"},
         "data": {"train": str(prefix)},
@@ -101,12 +103,13 @@ def write_job(folder: Path, sizes: Sizes) -> None:
     (folder / "run.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def tokens_per_second(folder: Path, run: str, layout: str, steps: int) -> float:
+def tokens_per_second(folder: Path, run: str, layout: str, steps: int, batch: int) -> float:
     """Median over the steps after the first WARM. Raises RuntimeError if the run fails."""
-    processes, options = LAYOUTS[layout]
+    ranks, options = LAYOUTS[layout]
     command = [sys.executable, "-m", "titanling.launch", "--", "--config", str(folder / "run.toml"), *options]
+    command += ["--training.local_batch_size", str(batch // ranks)]
     command += ["--job.dump_folder", str(folder / run), "--training.steps", str(WARM + steps)]
-    done = subprocess.run(command, env=environment(NGPU=str(processes)), capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(NGPU="2"), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}:\n{done.stderr}")
     lines = (folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
