@@ -103,7 +103,7 @@ def started(command: list[str], environment: Mapping[str, str]) -> Iterator[subp
                 process.communicate()
 
 
-def run(*commands: tuple[list[str], Mapping[str, str]], timeout: float = 150) -> list[Ended]:
+def run(*commands: tuple[list[str], Mapping[str, str]], timeout: float = 300) -> list[Ended]:
     """Run commands side by side to their ends."""
     if not commands:
         return []
