@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import tomli_w
 
 from titanling.config.schema import Prepare
 from titanling.data.prepare.run import prepare
+from titanling.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,6 +117,15 @@ def run_train(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m titanling.train` with `arguments`, in one process."""
     return run_python("-m", "titanling.train", *arguments, cwd=cwd, env=env, timeout=timeout)
+
+
+def launch_ranks(script: str, group: str, ranks: int, folder: Path, data: TinyData, timeout: float) -> Any:
+    """Run one group of a script of tests/distributed under torchrun; what it leaves in `folder`/results.json."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    worker = [ROOT / "tests/distributed" / script, group, folder, json.dumps(list(map(str, data)))]
+    done = run_python(*torchrun, *worker, env=clean_env(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"), timeout=timeout)
+    assert done.returncode == 0, done.stderr[:20000]
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def copy_data(data: TinyData, folder: Path) -> TinyData:

@@ -16,15 +16,8 @@ from titanling.config.reference import help_text
 from titanling.data.indexed import check_dataset, file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.errors import UserError
-from titanling.model.presets import LlamaShape, resolve_shape
-from titanling.parallel.degrees import (
-    Degrees,
-    accumulation_steps,
-    check_layout,
-    check_sequence,
-    resolve_degrees,
-    world_size,
-)
+from titanling.model.presets import LlamaShape
+from titanling.parallel.degrees import Degrees, resolve_layout, world_size
 from titanling.planner.command import plan, planned_world_size
 from titanling.summary import summary
 
@@ -55,12 +48,9 @@ def main() -> None:
 def check(config: Config) -> tuple[LlamaShape, Degrees]:
     """Everything that can be checked without torch, as UserErrors; rank 0 makes the data where it is missing."""
     check_runnable(config)
-    shape = resolve_shape(config.model)
-    degrees = resolve_degrees(config.parallelism, world_size())
-    accumulation_steps(config.training, degrees.dp)
-    check_layout(config.parallelism, degrees, shape, config.training, config.compile)
-    if config.validation.enable and config.validation.seq_len is not None:
-        check_sequence("validation.seq_len", config.validation.seq_len, degrees)
+    shape, degrees = resolve_layout(
+        config.model, config.parallelism, config.training, config.validation, config.compile, world_size()
+    )
     if os.environ.get("RANK", "0") == "0":
         _check_run_folder(config)
         _prepare_data(config)

@@ -5,34 +5,19 @@ models: bfloat16 (8 bits) loss 1e-3, gradient norm 1e-2, any parameter's gradien
 quarter of that.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TinyData, clean_env
-
-from titanling.launch import free_port
+from helpers import TinyData, launch_ranks
 
 Results = dict[str, Any]
 HALF = {"bfloat16": 1.0, "float16": 0.25}
 
 
 def launch(group: str, ranks: int, folder: Path, data: TinyData) -> Results:
-    """Run one group of layouts.py under torchrun; its figures."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    worker = [str(ROOT / "tests/distributed/layouts.py"), group, str(folder), json.dumps(list(map(str, data)))]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *worker],
-        env=clean_env(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stderr[:20000]
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    """Run one group of layouts.py; its figures."""
+    return launch_ranks("layouts.py", group, ranks, folder, data, timeout=580)
 
 
 @pytest.fixture(

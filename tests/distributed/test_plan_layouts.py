@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TinyData, clean_env, tiny_config
+from helpers import ROOT, TinyData, clean_env, launch_ranks, tiny_config
 
 from titanling.config import load_config
-from titanling.launch import free_port
 from titanling.planner.forecast import Forecast, forecast
 from titanling.planner.hardware import hardware
 from titanling.planner.setup import resolve
@@ -46,17 +45,7 @@ NAMES = {2: "two", 4: "four"}
 
 def measure(ranks: int, folder: Path, data: TinyData) -> Measured:
     """What every rank found under every layout."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
-    worker = [str(ROOT / "tests/distributed/plan_layouts.py"), NAMES[ranks], str(folder)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *worker, json.dumps(list(map(str, data)))],
-        env=clean_env(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[:20000]
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return launch_ranks("plan_layouts.py", NAMES[ranks], ranks, folder, data, timeout=400)
 
 
 @pytest.fixture(

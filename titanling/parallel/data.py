@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from titanling.config.schema import Parallelism, Training
 from titanling.model.layout import ModelLayout
-from titanling.parallel.degrees import Degrees
+from titanling.parallel.degrees import Degrees, resharding
 from titanling.parallel.mesh import World
 from titanling.parallel.plan import Plan
 from titanling.parallel.precision import compute_dtype
@@ -28,24 +28,11 @@ class DataParallel(Plan):
 
     def __init__(self, settings: Parallelism, training: Training, degrees: Degrees) -> None:
         self.settings, self.training, self.degrees = settings, training, degrees
-
-    @property
-    def replicates_only(self) -> bool:
-        """Whether this is DDP."""
-        return self.degrees.dp_replicate == self.degrees.world > 1
-
-    @property
-    def reshards(self) -> bool | int:
-        """What happens to gathered parameters after a block's forward pass, as FSDP2 takes it."""
-        wanted = self.settings.fsdp_reshard_after_forward
-        if wanted == "default":
-            # Every micro-batch of a pipeline would gather them again.
-            return self.degrees.pp == 1
-        return wanted if isinstance(wanted, int) else wanted == "always"
+        self.reshards = resharding(settings, degrees)
 
     def apply(self, model: nn.Module, world: World) -> None:
         """In place, on meta; names do not change. Nothing to do for DDP."""
-        if self.replicates_only:
+        if self.degrees.ddp:
             return
         # Under a tensor plan the logits are a view. Our loss overwrites them, but not so that autograd would see it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -73,7 +60,7 @@ class DataParallel(Plan):
 
     def wrap(self, model: nn.Module, world: World) -> nn.Module:
         """The module to call for a forward pass: under DDP a wrapper around `model`, otherwise `model` itself."""
-        if not self.replicates_only:
+        if not self.degrees.ddp:
             return model
         # Weights are equal by construction and there are no buffers: nothing to broadcast.
         group = world.submesh("dp_replicate").get_group()
@@ -82,7 +69,7 @@ class DataParallel(Plan):
     def describe(self) -> str:
         """One line."""
         degrees = self.degrees
-        if self.replicates_only:
+        if self.degrees.ddp:
             return f"DDP, {degrees.dp_replicate} copies"
         kind = "HSDP" if degrees.dp_replicate > 1 else "FSDP2"
         copies = f"{degrees.dp_replicate} copies of " if degrees.dp_replicate > 1 else ""

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from math import gcd
 
-from titanling.config.schema import Compile, Parallelism, Training
+from titanling.config.schema import Compile, Model, Parallelism, Training, Validation
 from titanling.errors import UserError
-from titanling.model.presets import LlamaShape
+from titanling.model.presets import LlamaShape, resolve_shape
 from titanling.parallel.stages import SCHEDULES, cut_layers
 
 
@@ -34,6 +34,11 @@ class Degrees:
     def world(self) -> int:
         """All ranks."""
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def ddp(self) -> bool:
+        """Whether there are copies of whole models and nothing else."""
+        return self.dp_replicate == self.world > 1
 
 
 KEYS = {
@@ -78,6 +83,28 @@ def accumulation_steps(training: Training, dp: int) -> int:
             f" training.local_batch_size = {training.local_batch_size} × {dp} data-parallel ranks = {together}"
         )
     return training.global_batch_size // together
+
+
+def resharding(settings: Parallelism, degrees: Degrees) -> bool | int:
+    """Whether FSDP frees gathered parameters after a block's forward pass; a number: keeps them over so many ranks."""
+    wanted = settings.fsdp_reshard_after_forward
+    if wanted == "default":
+        # Every micro-batch of a pipeline would gather them again.
+        return degrees.pp == 1
+    return wanted if isinstance(wanted, int) else wanted == "always"
+
+
+def resolve_layout(
+    model: Model, parallelism: Parallelism, training: Training, validation: Validation, compile: Compile, world: int
+) -> tuple[LlamaShape, Degrees]:
+    """The model and the degrees of these tables on `world` ranks. Raises UserError if they do not fit each other."""
+    shape = resolve_shape(model)
+    degrees = resolve_degrees(parallelism, world)
+    accumulation_steps(training, degrees.dp)
+    check_layout(parallelism, degrees, shape, training, compile)
+    if validation.enable and validation.seq_len is not None:
+        check_sequence("validation.seq_len", validation.seq_len, degrees)
+    return shape, degrees
 
 
 def check_layout(

@@ -61,7 +61,7 @@ def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
     Every rank sums the squares of what it holds, each divided by the number of ranks that hold the same.
     """
     by_copies: dict[int, list[Tensor]] = {}
-    replicated = world.degrees.dp_replicate == world.size  # one process is the simplest case of it
+    replicated = world.size == 1 or world.degrees.ddp
     for gradient in gradients:
         copies = 1 if replicated else world.size // world.degrees.pp
         if isinstance(gradient, DTensor):

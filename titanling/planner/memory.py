@@ -202,14 +202,14 @@ class Gathered:
 def _gathered(setup: Setup, e: Elements) -> Gathered:
     if not setup.fsdp:
         return Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
-    wanted = setup.config.parallelism.fsdp_reshard_after_forward
+    reshards = setup.reshards
     block, root = e.block * setup.c, e.root * setup.c
     ahead = min(setup.config.parallelism.fsdp_prefetch, max(0, e.layers - 1))
-    if wanted == "never" or (wanted == "default" and setup.degrees.pp > 1):
+    if not reshards:
         whole = root + block * e.layers
         # Without a pipeline, a block's parameters are let go when its gradients are there.
         return Gathered(whole, whole, whole, whole if setup.degrees.pp > 1 else root + block, root)
-    some = root + (block * e.layers / wanted if isinstance(wanted, int) else 0.0)
+    some = root + (0.0 if reshards is True else block * e.layers / reshards)
     # A block in use, and one or more gathered ahead of it.
     return Gathered(some, some + block, some + block * (1 + ahead), some + block, root)
 

@@ -63,12 +63,12 @@ def candidates(setup: Setup) -> Iterator[Changes]:
 
 
 def _layouts(setup: Setup, batch: Changes) -> Iterator[Changes]:
-    training, parallelism, degrees = setup.config.training, setup.config.parallelism, setup.degrees
+    training, degrees = setup.config.training, setup.degrees
     local = training.local_batch_size // 2
     while local:
         yield {"training.local_batch_size": local} | batch
         local //= 2
-    if parallelism.fsdp_reshard_after_forward != "always" and setup.fsdp:
+    if setup.reshards is not True and setup.fsdp:
         yield {"parallelism.fsdp_reshard_after_forward": "always"}
     free = {"parallelism.data_parallel_shard_degree": -1}
     if degrees.dp_replicate > 1:

@@ -1,5 +1,6 @@
 """A forecast as a terminal table, and as JSON."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, replace
@@ -76,9 +77,9 @@ def savings(planned: Forecast) -> list[tuple[str, float]]:
     setup, held = planned.setup, planned.parameters[planned.memory.pp_rank]
     states = 4  # weight, gradient, two moments
     item = held[0].itemsize
-    stage = sum(_size(each.shape) for each in held)
-    gathered = sum(_size(each.gathered) for each in held)
-    local = sum(_size(each.local) for each in held)
+    stage = sum(math.prod(each.shape) for each in held)
+    gathered = sum(math.prod(each.gathered) for each in held)
+    local = sum(math.prod(each.local) for each in held)
     layers = len({each.name.split(".")[2] for each in held if each.in_block})
     flights = in_flight(setup, planned.memory.pp_rank)
 
@@ -101,13 +102,6 @@ def savings(planned: Forecast) -> list[tuple[str, float]]:
         ("data", (gathered - local) * item * states),
     ]
     return [(name, saved) for name, saved in rows if saved > 0]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _gib(value: float) -> str:

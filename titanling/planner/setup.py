@@ -9,8 +9,8 @@ import torch
 from titanling.config.check import check_runnable
 from titanling.config.schema import Config
 from titanling.errors import UserError
-from titanling.model.presets import LlamaShape, resolve_shape
-from titanling.parallel.degrees import Degrees, accumulation_steps, check_layout, check_sequence, resolve_degrees
+from titanling.model.presets import LlamaShape
+from titanling.parallel.degrees import Degrees, accumulation_steps, resharding, resolve_layout
 from titanling.parallel.precision import compute_dtype
 from titanling.parallel.quantize import CONVERTER
 from titanling.parallel.stages import cut_layers
@@ -84,12 +84,17 @@ class Setup:
     @property
     def ddp(self) -> bool:
         """Copies alone, of whole models."""
-        return self.degrees.dp_replicate == self.degrees.world > 1
+        return self.degrees.ddp
 
     @property
     def fsdp(self) -> bool:
         """FSDP2 or HSDP."""
         return self.degrees.dp * self.degrees.cp > 1 and not self.ddp
+
+    @property
+    def reshards(self) -> bool | int:
+        """What FSDP does with gathered parameters after a block's forward pass (parallel/degrees.py)."""
+        return resharding(self.config.parallelism, self.degrees)
 
     @property
     def offload(self) -> bool:
@@ -120,12 +125,9 @@ def resolve(config: Config, world: int, hardware: Hardware) -> Setup:
         raise UserError(f"--world-size {world}: must be at least 1")
     data = {"train": config.data.train or "-", "validation": config.data.validation or "-"}
     check_runnable(config.model_copy(update={"data": config.data.model_copy(update=data)}))
-    shape = resolve_shape(config.model)
-    degrees = resolve_degrees(config.parallelism, world)
-    accumulation_steps(config.training, degrees.dp)
-    check_layout(config.parallelism, degrees, shape, config.training, config.compile)
-    if config.validation.enable and config.validation.seq_len is not None:
-        check_sequence("validation.seq_len", config.validation.seq_len, degrees)
+    shape, degrees = resolve_layout(
+        config.model, config.parallelism, config.training, config.validation, config.compile, world
+    )
     setup = Setup(config, world, hardware, shape, degrees)
     if setup.float8 and not hardware.float8_gain:
         raise UserError(

@@ -76,9 +76,8 @@ def _data(setup: Setup, parameters: Sequence[Placed]) -> list[Collective]:
         return [Collective("all-reduce", "gradients", "dp_replicate", setup.world, buckets, held / buckets, 1, 1.0)]
     if not setup.fsdp:
         return []
-    wanted, inner = setup.config.parallelism.fsdp_reshard_after_forward, degrees.tp
-    once, resharded = degrees.pp > 1, wanted != "never" and not (wanted == "default" and degrees.pp > 1)
-    times = 1 if once and not resharded else setup.micro_batches
+    reshards, inner = setup.reshards, degrees.tp
+    times = 1 if degrees.pp > 1 and not reshards else setup.micro_batches
     groups = e.layers + (1 if e.root else 0)
     whole = (e.block * e.layers + e.root) / max(1, groups)
     shards, name = degrees.fsdp, "fsdp"
@@ -87,8 +86,8 @@ def _data(setup: Setup, parameters: Sequence[Placed]) -> list[Collective]:
         found.append(
             Collective("all-gather", "parameters, forward", name, shards, times * groups, whole * setup.c, inner, 1.0)
         )
-        if resharded:
-            ranks = wanted if isinstance(wanted, int) else shards
+        if reshards:
+            ranks = shards if reshards is True else reshards
             times *= e.layers
             found.append(
                 Collective("all-gather", "parameters, backward", name, ranks, times, e.block * setup.c, inner, 1.0)
