@@ -1,0 +1,73 @@
+"""Which implementation runs where: Triton on the GPUs that the kernels are made for, torch elsewhere."""
+
+from functools import cache
+
+import torch
+
+from triton_kernels.language import INTERPRETED, MISSING
+
+OPERATIONS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "linear_cross_entropy")
+"""What there is to choose for."""
+TORCH_ONLY = ("linear_cross_entropy",)
+"""Those of them that torch computes on every device: matrix products do most of the work."""
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+AMD = ("gfx90a", "gfx942")
+"""MI210/MI250/MI250X; MI300A/MI300X/MI325X."""
+MINIMUM_NVIDIA = 80
+
+
+def available(device: torch.device | str) -> str | None:
+    """None if the Triton kernels run on `device`, else why not, as a clause: "this GPU is gfx1100, …"."""
+    device = torch.device(device)
+    if MISSING is not None:
+        return MISSING
+    if device.type == "cpu":
+        return None if INTERPRETED else "Triton has no CPU target"
+    if device.type != "cuda":
+        return f"the Triton kernels are for NVIDIA and AMD GPUs, not for {device.type}"
+    if not torch.cuda.is_available():
+        return "no GPU driver is in reach"
+    name = target(device)
+    if name.startswith("sm_") and int(name[3:]) < MINIMUM_NVIDIA:
+        return f"this GPU is {name}, and the Triton kernels need sm_{MINIMUM_NVIDIA} or newer"
+    if not name.startswith("sm_") and name not in AMD:
+        return f"this GPU is {name}, and the Triton kernels know {' and '.join(AMD)}"
+    return None
+
+
+def choose(implementation: str, device: torch.device | str, operation: str) -> str:
+    """ "triton" or "torch", for `operation` on `device`. "auto" takes Triton where it is available.
+
+    Raises ValueError for an unknown name, and for "triton" where it is not available.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"{operation}: no such operation; there are {', '.join(OPERATIONS)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'{operation} = "{implementation}": use one of {", ".join(IMPLEMENTATIONS)}')
+    if implementation == "torch":
+        return "torch"
+    problem = "it has no Triton kernel" if operation in TORCH_ONLY else available(device)
+    if implementation == "triton" and problem is not None:
+        raise ValueError(f'{operation} = "triton": {problem}; "auto" would run torch here')
+    # The interpreter is for tests: nobody gets it without asking for it.
+    automatic = "torch" if torch.device(device).type == "cpu" else "triton"
+    return "torch" if problem is not None else "triton" if implementation == "triton" else automatic
+
+
+@cache
+def target(device: torch.device) -> str:
+    """What code is compiled for on a CUDA or ROCm device: "sm_90", "gfx90a"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether an operation called on `device` runs a Triton kernel, or at least should."""
+    return device.type == "cuda" or (device.type == "cpu" and INTERPRETED)
+
+
+def refuse(operation: str, problem: str) -> None:
+    """Raise the ValueError of an operation whose Triton kernel cannot do what is asked."""
+    raise ValueError(f'{operation}: {problem}; implementation = "torch" would run {operation}_torch')
