@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import TinyData
+import torch.distributed.checkpoint as dcp
+from helpers import TinyData, flip_bit, snapshot
 from runs import Tensors, differing, live_tensors, open_trainer, rows, saved_tensors
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from titanling.checkpoint import folder
 from titanling.errors import UserError
@@ -17,10 +20,12 @@ from titanling.errors import UserError
 CHANGES: dict[str, Any] = {"training.steps": 6, "checkpoint.interval": 2, "checkpoint.keep_latest_k": 2}
 FILES = [
     "manifest.json",
-    "model/shard-00001-model-00001-of-00001.safetensors",
-    "optimizer/shard-00001-model-00001-of-00001.safetensors",
+    "model/shard-00001-of-00001.safetensors",
+    "optimizer/shard-00001-of-00001.safetensors",
     "state.json",
 ]
+
+SUFFIXES = (".exp_avg", ".exp_avg_sq", ".step")
 
 
 class Finished(NamedTuple):
@@ -120,17 +125,64 @@ def test_leftovers_are_removed_at_the_start(finished: Finished, copy_run: Path, 
     assert not half.exists() and not doomed.exists()
 
 
+def damage(run: Path, step: int, name: str) -> Path:
+    """Flip one bit in the middle of a checkpoint's file; its path."""
+    path = checkpoint(run, step) / name
+    flip_bit(path)
+    return path
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_refused_and_named(copy_run: Path, tiny_data: TinyData, name: str) -> None:
-    path = checkpoint(copy_run, 6) / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged: delete .*load_step 4") as refusal:
-        resume(copy_run, tiny_data, {})
-    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
-    shutil.rmtree(checkpoint(copy_run, 6))
+def test_damage_is_named_and_the_checkpoint_before_is_taken(
+    copy_run: Path, tiny_data: TinyData, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damage(copy_run, 6, name)
+    content = path.read_bytes()
     assert resume(copy_run, tiny_data, {})["lm_head.weight.step"].item() == 4
+    said = capsys.readouterr()
+    assert f"warning: {path}" in said.err and f"damaged: going back to {checkpoint(copy_run, 4)}" in said.err
+    assert "set the damaged step-000006.damaged aside" in said.out
+    assert [p.name for p in sorted(path.parents[name.count("/") + 1].iterdir())] == [
+        "step-000004",
+        "step-000006.damaged",
+    ]
+    assert (checkpoint(copy_run, 6).with_name("step-000006.damaged") / name).read_bytes() == content
+    assert rows(copy_run / "run")[-1][0] == 4
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint.fallback": False}, {"checkpoint.load_step": 6}])
+def test_without_fallback_damage_is_refused(copy_run: Path, tiny_data: TinyData, changes: Mapping[str, Any]) -> None:
+    path = damage(copy_run, 6, FILES[1])
+    before = snapshot(copy_run)
+    with pytest.raises(UserError, match="damaged: delete .*load_step 4") as refusal:
+        resume(copy_run, tiny_data, changes)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+    (copy_run / "run.toml").unlink()
+    assert snapshot(copy_run) == before
+
+
+def test_if_all_are_damaged_the_run_is_refused_and_nothing_moves(copy_run: Path, tiny_data: TinyData) -> None:
+    paths = [damage(copy_run, step, FILES[2]) for step in (4, 6)]
+    with pytest.raises(UserError, match="step-000004.*damaged: delete .*, or start anew$") as refusal:
+        resume(copy_run, tiny_data, {})
+    assert str(paths[0]) in str(refusal.value)
+    assert folder.list_steps(checkpoint(copy_run, 6).parent) == [4, 6]
+
+
+def test_files_of_another_step_are_noticed(copy_run: Path, tiny_data: TinyData) -> None:
+    """Swapped in whole, each file is good in itself."""
+    shutil.copyfile(checkpoint(copy_run, 4) / FILES[1], checkpoint(copy_run, 6) / FILES[1])
+    with pytest.raises(UserError, match="its hash is not"):
+        resume(copy_run, tiny_data, {"checkpoint.fallback": False})
+
+
+def test_verify_can_be_switched_off(finished: Finished, copy_run: Path, tiny_data: TinyData) -> None:
+    path = checkpoint(copy_run, 6) / FILES[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    found = resume(copy_run, tiny_data, {"checkpoint.verify": False})
+    assert len(differing(found, finished.tensors)) == 1
 
 
 @pytest.mark.parametrize(
@@ -181,18 +233,224 @@ def test_disabled_does_not_start_over_in_a_folder_that_has_checkpoints(copy_run:
 
 
 @pytest.mark.parametrize("obstacle", ["no space", "cannot write"])
-def test_a_failed_save_leaves_the_others(
-    finished: Finished, copy_run: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch, obstacle: str
+def test_a_failed_save_is_reported_and_training_goes_on(
+    finished: Finished,
+    copy_run: Path,
+    tiny_data: TinyData,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    obstacle: str,
 ) -> None:
-    """The next start goes on from the last whole checkpoint."""
-    if obstacle == "no space":
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    else:
-        checkpoint(copy_run, 8).with_name("step-000008.partial").mkdir()
-        monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+    """The next save works again, or the next start goes on from the last whole checkpoint."""
+    blocked = checkpoint(copy_run, 8).with_name("step-000008.partial")
+    room = shutil.disk_usage
+    with open_trainer(copy_run, tiny_data, {**CHANGES, "training.steps": 10}) as trainer:
+        if obstacle == "cannot write":
+            blocked.write_text("in the way")
+        else:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        save = trainer.save
+
+        def saved(last: bool) -> None:
+            save(last)
+            monkeypatch.setattr(shutil, "disk_usage", room)
+
+        trainer.save = saved  # type: ignore[method-assign]
+        trainer.train()
+        assert folder.list_steps(trainer.checkpointer.root) == [6, 10]
+    said = capsys.readouterr().err
+    assert "step-000008: could not be saved" in said and "Training goes on" in said
+    assert obstacle == "cannot write" or "bytes and the disk has 0 free" in said
+
+
+def test_a_failed_last_save_ends_the_run_with_an_error(
+    finished: Finished, copy_run: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     with open_trainer(copy_run, tiny_data, {**CHANGES, "training.steps": 8}) as trainer:
-        with pytest.raises(UserError, match="step-000008: .*could not be saved: .*Earlier checkpoints are untouched"):
+        with pytest.raises(UserError, match="step-000008: could not be saved: .*Earlier checkpoints are untouched"):
             trainer.train()
     monkeypatch.undo()
     assert folder.list_steps(copy_run / "run" / "checkpoints") == [4, 6]
     assert differing(resume(copy_run, tiny_data, {}), finished.tensors) == []
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_saving_in_the_background_saves_the_same(
+    finished: Finished, tmp_path: Path, tiny_data: TinyData, mode: str
+) -> None:
+    """Each save holds its own step, although training goes on while it is written."""
+    changes = {**CHANGES, "checkpoint.async_mode": mode, "checkpoint.interval": 1, "checkpoint.keep_latest_k": 0}
+    with open_trainer(tmp_path, tiny_data, changes) as trainer:
+        trainer.train()
+    for step in (4, 6):
+        here, there = (saved_tensors(checkpoint(folder, step)) for folder in (tmp_path, finished.folder))
+        assert differing(here, there) == []
+    assert folder.list_steps(tmp_path / "run" / "checkpoints") == [1, 2, 3, 4, 5, 6]
+
+
+def test_old_checkpoints_stay_until_a_newer_one_reads_back(
+    tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that damages whatever is written to it costs no good checkpoint."""
+    forget = folder.forget_cached
+
+    def damaging(path: Path) -> None:
+        forget(path)
+        if path.name.startswith("shard") and path.parents[1].name != "step-000002":
+            flip_bit(path)
+
+    monkeypatch.setattr(folder, "forget_cached", damaging)
+    with open_trainer(tmp_path, tiny_data, {**CHANGES, "training.steps": 8}) as trainer:
+        trainer.train()
+    assert folder.list_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6, 8]
+    assert "does not read back as it was written; older ones are kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert resume(tmp_path, tiny_data, {"training.steps": 8})["lm_head.weight.step"].item() == 2
+
+
+def test_a_file_that_cannot_be_read_back_is_warned_of(
+    tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is gone, or the disk gives an error: the run goes on, and its older checkpoints stay."""
+    commit = folder.commit
+
+    def losing(final: Path, files: dict[str, dict[str, Any]]) -> None:
+        commit(final, files)
+        if final.name == "step-000006":
+            (final / FILES[1]).unlink()
+
+    monkeypatch.setattr(folder, "commit", losing)
+    with open_trainer(tmp_path, tiny_data, {**CHANGES, "training.steps": 8}) as trainer:
+        trainer.train()
+        assert trainer.step == 8
+    said = capsys.readouterr().err
+    assert f"{checkpoint(tmp_path, 6) / FILES[1]}: missing" in said and "older ones are kept" in said
+
+
+def test_the_best_by_validation_and_multiples_are_kept(tmp_path: Path, tiny_data: TinyData) -> None:
+    changes = {
+        "training.steps": 9,
+        "checkpoint.interval": 4,
+        "checkpoint.keep_latest_k": 2,
+        "checkpoint.keep_every": 4,
+        "checkpoint.keep_best": True,
+        "validation.enable": True,
+        "validation.freq": 1,
+        "validation.steps": 1,
+    }
+    with open_trainer(tmp_path, tiny_data, changes) as trainer:
+        losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8, 3.9, 3.95])
+        evaluate = trainer.evaluate
+
+        def scripted() -> None:
+            before = trainer.best
+            evaluate()
+            loss = next(losses)
+            trainer.best = (
+                {"step": trainer.step, "val_loss": loss} if not before or loss < before["val_loss"] else before
+            )
+
+        trainer.evaluate = scripted  # type: ignore[method-assign]
+        trainer.train()
+    assert folder.list_steps(tmp_path / "run" / "checkpoints") == [3, 4, 8, 9]
+    with open_trainer(tmp_path, tiny_data, {**changes, "training.steps": 10}) as trainer:
+        assert trainer.best == {"step": 3, "val_loss": 3.0}
+
+
+def test_saving_by_the_clock(tmp_path: Path, tiny_data: TinyData) -> None:
+    changes = {"training.steps": 3, "checkpoint.interval": 100, "checkpoint.interval_minutes": 1e-9}
+    with open_trainer(tmp_path, tiny_data, changes) as trainer:
+        trainer.train()
+    assert folder.list_steps(tmp_path / "run" / "checkpoints") == [1, 2, 3]
+
+
+def test_a_last_save_of_weights_only(
+    finished: Finished, tmp_path: Path, tiny_data: TinyData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the run; extended, the run goes on from the last whole checkpoint."""
+    changes = {**CHANGES, "checkpoint.last_save_model_only": True, "checkpoint.export_dtype": "bfloat16"}
+    with open_trainer(tmp_path, tiny_data, changes) as trainer:
+        trainer.train()
+    saved = saved_tensors(checkpoint(tmp_path, 6))
+    expected = {n: t.bfloat16() for n, t in finished.tensors.items() if n.count(".") and not n.endswith(SUFFIXES)}
+    assert differing(saved, expected) == []
+    with open_trainer(tmp_path, tiny_data, changes) as trainer:
+        assert trainer.step == 6
+    with open_trainer(tmp_path, tiny_data, {**changes, "training.steps": 8}) as trainer:
+        assert trainer.step == 4
+    assert "step-000006: holds only weights: going back to" in capsys.readouterr().err
+    assert differing(saved_tensors(checkpoint(tmp_path, 6).with_name("step-000006.superseded")), saved) == []
+
+
+def forge(path: Path, key: str, value: Any) -> None:
+    """Change a checkpoint's state.json and its manifest with it."""
+    folder.write_json(path / folder.STATE, folder.read_json(path / folder.STATE) | {key: value})
+    files = {name: folder.digest(path / name) for name in folder.files_of(path)}
+    folder.write_json(path / folder.MANIFEST, folder._manifest(files))
+
+
+@pytest.mark.parametrize("loader", [{"dataset_state": 1}, {"dataset_state": {"samples": "x"}}])
+def test_a_place_in_the_data_that_is_none_is_refused(
+    copy_run: Path, tiny_data: TinyData, loader: dict[str, Any]
+) -> None:
+    forge(checkpoint(copy_run, 6), "loader", loader)
+    with pytest.raises(UserError, match="step-000006: its state.json has no usable scaler or loader"):
+        resume(copy_run, tiny_data, {})
+
+
+def test_a_changed_setting_is_told_on_one_line(
+    copy_run: Path, tiny_data: TinyData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forge(checkpoint(copy_run, 6), "config", {"optimizer": {"name": "a\nerror: b"}})
+    resume(copy_run, tiny_data, {})
+    assert "optimizer.name was a error: b, now " in capsys.readouterr().out
+
+
+def test_starting_from_another_run(finished: Finished, tmp_path: Path, tiny_data: TinyData) -> None:
+    source = str(checkpoint(finished.folder, 6))
+    weights = {name: t for name, t in finished.tensors.items() if not name.endswith(SUFFIXES)}
+    common = {"training.steps": 8, "checkpoint.initial_load_path": source}
+    with open_trainer(tmp_path / "weights", tiny_data, common | {"model.dropout": 0.1}) as trainer:
+        found = live_tensors(trainer)
+        assert trainer.step == 0
+        assert differing({name: found[name] for name in weights}, weights) == []
+        assert not any(found[f"{name}.exp_avg"].any() for name in weights)
+        trainer.train()
+    with open_trainer(tmp_path / "weights", tiny_data, common | {"model.dropout": 0.1}) as trainer:
+        assert trainer.step == 8  # its own checkpoint comes first
+    common |= {"checkpoint.initial_load_model_only": False}
+    with open_trainer(tmp_path / "all", tiny_data, common) as trainer:
+        assert (trainer.step, trainer.tokens_seen) == (6, 6 * 4 * 32)
+        assert differing(live_tensors(trainer), finished.tensors) == []
+    common |= {"checkpoint.initial_load_fresh_schedule": True}
+    with open_trainer(tmp_path / "fresh", tiny_data, common) as trainer:
+        assert (trainer.step, trainer.tokens_seen) == (0, 0)
+        assert differing(live_tensors(trainer), finished.tensors) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"checkpoint.initial_load_path": "{folder}/nothing"}, "neither a step-… folder of a run nor a Hugging Face"),
+        ({"model.n_layers": 3}, "another model .*n_layers was 2 and is now 3; set the same sizes"),
+    ],
+)
+def test_starting_from_what_does_not_fit(
+    finished: Finished, tmp_path: Path, tiny_data: TinyData, changes: dict[str, Any], words: str
+) -> None:
+    source = {"checkpoint.initial_load_path": str(checkpoint(finished.folder, 6))}
+    changes = {key: str(value).format(folder=tmp_path) if "path" in key else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=words):
+        with open_trainer(tmp_path, tiny_data, source | changes):
+            pass
+
+
+def test_torch_reads_what_we_write(finished: Finished) -> None:
+    """The files are those of torch's distributed checkpoint in safetensors."""
+    names = [name for name in finished.tensors if not name.endswith(SUFFIXES)]
+    tensors = {name: torch.zeros_like(finished.tensors[name]) for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint(finished.folder, 6) / "model")))
+    assert differing(tensors, {name: finished.tensors[name] for name in names}) == []

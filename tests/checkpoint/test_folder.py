@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
+from helpers import snapshot
 
 from titanling.checkpoint import folder
+from titanling.checkpoint.inventory import take_stock
 from titanling.errors import UserError
 
 FILES = {
@@ -20,11 +23,12 @@ FILES = {
 def make(root: Path, step: int, files: dict[str, bytes] = FILES) -> Path:
     """A checkpoint with these files, as a save leaves it."""
     final = folder.step_folder(root, step)
-    partial = folder.begin(final)
+    folder.begin(final)
+    partial = folder.working_folder(final)
     for name, content in files.items():
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content)
-    folder.commit(partial, {name: folder.digest(partial / name) for name in folder.files_of(partial)})
+    folder.commit(final, {name: folder.digest(partial / name) for name in folder.files_of(partial)})
     return final
 
 
@@ -73,9 +77,16 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 def test_retention(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
-    folder.retain(tmp_path, keep)
+    assert folder.prune(tmp_path, keep) == sorted({1, 2, 3, 4} - set(left))
     assert folder.list_steps(tmp_path) == left
     assert len(names(tmp_path)) == len(left)
+
+
+def test_retention_spares_the_protected_and_the_multiples(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30, 35):
+        make(tmp_path, step)
+    assert folder.prune(tmp_path, 2, protected={15}, every=20) == [10, 25]
+    assert folder.list_steps(tmp_path) == [15, 20, 30, 35]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -85,14 +96,31 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000001"]
 
 
-def test_later_checkpoints_are_set_aside_and_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
+def test_a_checkpoint_set_aside_is_kept_and_never_counts(tmp_path: Path) -> None:
+    for step in (1, 2):
         make(tmp_path, step)
-    assert folder.set_aside(tmp_path, 1) == ["step-000002.superseded", "step-000003.superseded"]
+    assert folder.set_aside(tmp_path / "step-000002", "superseded") == "step-000002.superseded"
     make(tmp_path, 2)
-    assert folder.set_aside(tmp_path, 1) == ["step-000002.superseded"]
-    assert names(tmp_path) == ["step-000001", "step-000002.superseded", "step-000003.superseded"]
-    assert problem(tmp_path / "step-000003.superseded") is None
+    assert folder.set_aside(tmp_path / "step-000002", "superseded") == "step-000002.superseded"
+    assert names(tmp_path) == ["step-000001", "step-000002.superseded"]
+    assert folder.list_steps(tmp_path) == [1]
+    assert problem(tmp_path / "step-000002.superseded") is None
+
+
+def test_every_new_folder_is_flushed_after_the_names_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut takes the first checkpoint of a run with the folder that it is in."""
+    flushed, fsync = [], os.fsync
+
+    def recorded(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    final = make(tmp_path / "outputs" / "run" / "checkpoints", 1)
+    partial = folder.working_folder(final)
+    assert set(flushed[:4]) == {partial, partial / "model", partial / "optimizer", partial / folder.MANIFEST}
+    assert flushed[0] == partial / folder.MANIFEST
+    assert flushed[4:] == [final.parent, final.parents[1], final.parents[2]]
 
 
 class Crash(BaseException):
@@ -100,7 +128,7 @@ class Crash(BaseException):
 
 
 # Where a save or a deletion may be cut short: each call that changes the disk.
-CALLS = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text"), (os, "unlink"), (os, "rmdir")]
+CALLS = [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "write_bytes"), (os, "unlink"), (os, "rmdir")]
 
 
 @pytest.mark.parametrize(("owner", "name"), CALLS, ids=[name for _, name in CALLS])
@@ -123,7 +151,7 @@ def test_cut_short_anywhere(
         try:
             make(tmp_path, 2)
             make(tmp_path, 3)
-            folder.retain(tmp_path, 2)
+            folder.prune(tmp_path, 2)
         except Crash:
             pass
     folder.remove_leftovers(tmp_path)
@@ -163,6 +191,44 @@ def test_truncated_or_missing_files_are_named(tmp_path: Path, name: str, length:
     assert found is not None and str(path) in found
 
 
+def test_what_a_link_leads_to_is_neither_written_nor_deleted(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "checkpoints", make(tmp_path / "elsewhere", 1)
+    root.mkdir()
+    for name in ("step-000002.partial", "step-000003.deleted", "step-000001", "step-000004.damaged"):
+        (root / name).symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    folder.remove_leftovers(root)
+    assert names(root) == ["step-000001", "step-000004.damaged"]
+    for step in (2, 3, 4):
+        make(root, step)
+    assert folder.prune(root, 2) == [1, 2]
+    assert folder.set_aside(root / "step-000004", "damaged") == "step-000004.damaged"
+    assert names(root) == ["step-000003", "step-000004.damaged"] and snapshot(elsewhere) == before
+
+
+def test_listing_while_checkpoints_come_and_go(tmp_path: Path) -> None:
+    """Each is whole, or damaged, or on its way; none is an error of the listing."""
+    source, stop, failed = make(tmp_path / "source", 1), threading.Event(), []
+    root = tmp_path / "root"
+    root.mkdir()
+
+    def list_them() -> None:
+        try:
+            while not stop.is_set():
+                take_stock(root)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=list_them)
+    thread.start()
+    for _ in range(300):
+        shutil.copytree(source, root / "step-000001")
+        folder.delete(root / "step-000001")
+    stop.set()
+    thread.join()
+    assert failed == []
+
+
 def test_a_file_that_grew_and_one_that_does_not_belong(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 1)
     (checkpoint / "notes.txt").write_text("mine")
@@ -180,13 +246,13 @@ def test_a_file_that_grew_and_one_that_does_not_belong(tmp_path: Path) -> None:
 def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) -> None:
     checkpoint = make(tmp_path, 1)
     manifest = json.loads((checkpoint / folder.MANIFEST).read_text())
-    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    manifest["files"][name] = {"bytes": 1, "xxh3_128": "0"}
     (checkpoint / folder.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="outside the checkpoint"):
         folder.read_manifest(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 2, "files": {}}', '{"format": 1, "files": []}', "{"])
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 3, "files": {}}', '{"format": 2, "files": []}', "{"])
 def test_a_strange_manifest_is_refused(tmp_path: Path, text: str) -> None:
     checkpoint = make(tmp_path, 1)
     (checkpoint / folder.MANIFEST).write_text(text)

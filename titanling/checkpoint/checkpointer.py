@@ -1,20 +1,18 @@
-"""Saving and loading: sharded safetensors through torch's distributed checkpoint (DCP), no pickle."""
+"""A run's checkpoints: when to save, from which to go on, and what becomes of a damaged one."""
 
-import errno
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from titanling.checkpoint import folder
+from titanling.checkpoint.agreement import Agreement
+from titanling.checkpoint.loading import CheckState, Opened, Restored, agreed, load_checkpoint, open_checkpoint
+from titanling.checkpoint.saving import Parts, Retention, Save, Staging
+from titanling.checkpoint.state import trains_on
 from titanling.config.schema import Checkpoint
 from titanling.errors import UserError
 from titanling.parallel.mesh import World
@@ -23,149 +21,187 @@ Tensors = Mapping[str, Tensor]
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method is called by all ranks together."""
+    """The checkpoints of one run. Every method is called by all ranks together, but `say` and `warn` speak once."""
 
-    def __init__(self, settings: Checkpoint, run_folder: Path, world: World) -> None:
-        self.settings = settings
-        self.root = run_folder / settings.folder
-        self.world = world
+    def __init__(
+        self,
+        settings: Checkpoint,
+        run_folder: Path,
+        world: World,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.settings, self.world = settings, world
+        self.root = folder.open_root(run_folder, settings.folder)
+        self._say, self._warn = say, warn
+        self._agreement = Agreement(world)
+        self._async = settings.async_mode != "disabled"
+        self._staging = Staging(world, copies=self._async, pinned=settings.async_mode == "async_with_pinned_mem")
+        self._save: Save | None = None
+        self._unsaved: str | None = None
+        self._ending = False
+        self._last_begun = time.monotonic()
         if settings.enable and world.rank == 0:
             folder.remove_leftovers(self.root)
 
-    def newest(self) -> Path | None:
-        """The checkpoint to resume from, or None for a fresh start. Raises UserError if load_step is not there."""
-        steps, wanted = folder.list_steps(self.root), self.settings.load_step
+    # Saving
+
+    def due(self, step: int, last: bool, wanted: bool = False) -> bool:
+        """Whether to save after `step`: by the number of steps, or because it is `wanted` for another reason."""
+        first = step == 1 and self.settings.enable_first_step_checkpoint
+        return self.settings.enable and (last or first or wanted or step % self.settings.interval == 0)
+
+    def overdue(self) -> bool:
+        """Whether interval_minutes have passed on this rank; ranks' clocks differ, so they must agree on it."""
+        minutes = self.settings.interval_minutes
+        return self.settings.enable and minutes is not None and time.monotonic() - self._last_begun >= 60 * minutes
+
+    def has(self, step: int) -> bool:
+        """Whether there is a whole checkpoint of `step`, in the eyes of rank 0."""
+        return step in self.world.gather(folder.list_steps(self.root))[0]
+
+    def save(
+        self,
+        step: int,
+        model: Tensors,
+        optimizer: Tensors,
+        state: dict[str, Any],
+        last: bool = False,
+        ending: bool = False,
+    ) -> None:
+        """Save `step`, the `last` of the run, or the one at which it is `ending` for now: whole or not at all.
+
+        Returns once the tensors may change again.
+
+        A save that fails leaves earlier checkpoints as they are and is warned of; `finish` says whether the last one
+        succeeded. One is in flight at most: an unfinished one is waited for.
+        """
+        self.wait()
+        self._last_begun = time.monotonic()
+        model_only = last and self.settings.last_save_model_only
+        parts: Parts = {"model": model} if model_only else {"model": model, "optimizer": optimizer}
+        dtype = getattr(torch, self.settings.export_dtype) if model_only else None
+        content = self._staging.take(parts, state | {"model_only": model_only}, dtype)
+        best = (state.get("best") or {}).get("step")
+        retention = Retention(self.settings.keep_latest_k, self.settings.keep_every, () if best is None else (best,))
+        final = folder.step_folder(self.root, step)
+        self._save = Save(final, content, self.world, self._agreement, retention, background=self._async)
+        self._ending = last or ending
+        if not self._async:
+            self.world.wait(self._save.committed)
+            self.poll()
+
+    def poll(self) -> None:
+        """Report on a save that has come to an end meanwhile. Costs nothing where there is none."""
+        save = self._save
+        if save is None or not save.committed.is_set():
+            return
+        if save.bug is not None:
+            raise save.bug
+        if not save.reported:
+            save.reported = True
+            self._unsaved = None if save.error is None else f"{save.final}: could not be saved: {save.error}"
+            if self._unsaved is None:
+                self._say(f"saved {save.final}")
+            elif not self._ending:  # else `finish` is about to refuse
+                self._warn(f"{self._unsaved}. Training goes on, and earlier checkpoints are as they were")
+        if save.finished.is_set():
+            self._save = None
+            if save.warning is not None:
+                self._warn(save.warning)
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one, and report on it."""
+        if self._save is not None:
+            self.world.wait(self._save.finished)
+            self.poll()
+
+    def finish(self) -> None:
+        """Wait for the save in flight. Raises UserError if the newest save of the run has failed."""
+        self.wait()
+        if self._unsaved is not None:
+            raise UserError(
+                f"{self._unsaved}. Earlier checkpoints are untouched; free some space or set job.dump_folder, and run"
+                " the same command to go on from the last one"
+            )
+
+    # Loading
+
+    def restore(self, model: Tensors, optimizer: Tensors, steps: int, check: CheckState) -> Restored | None:
+        """Load the newest good checkpoint (or that of load_step) into the given tensors, whatever their layout.
+
+        A damaged one is set aside with a warning, and the one before it is taken, unless checkpoint.fallback = false;
+        one that holds only weights is passed over unless it is the end of the run, which has `steps` steps. Later ones
+        are set aside, for the run now goes on another way. None: a fresh start. Raises UserError if there is no
+        checkpoint of load_step, if none can be used, or if `check` refuses one.
+        """
+        candidates, damaged = self._candidates(), []
+        for index, path in enumerate(candidates):
+            opened, problem = self._open(path)
+            if opened is not None:
+                model_only = opened.state.get("model_only", False)
+                if model_only and (opened.state["step"] < steps or not trains_on(opened.state)):
+                    remedy = "start a new run from it with checkpoint.initial_load_path"
+                    self._go_back(path, f"{path}: holds only weights", remedy, candidates[index + 1 :], damaged)
+                    continue
+                remarks = check(path, opened.state)
+                parts = {"model": model} if model_only else {"model": model, "optimizer": optimizer}
+                problem = agreed(self.world, lambda opened=opened, parts=parts: self._load(opened, parts))
+                if problem is None:
+                    remarks += self._set_aside(opened.state["step"], damaged)
+                    return Restored(f"resumed from {path}", opened.state, remarks)
+            older, problem = candidates[index + 1 :], f"{problem}; this checkpoint is damaged"
+            self._go_back(path, problem, f"delete {path}", older, damaged)
+            damaged.append(path)
+        return None
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints to try, the newest first; rank 0's view, for on a network file system each node has its own."""
+        steps, wanted = self.world.gather(folder.list_steps(self.root))[0], self.settings.load_step
         if not self.settings.enable:
             if steps:
                 raise UserError(
                     f"checkpoint.enable = false: {self.root} holds the checkpoints of an earlier run, which would start"
                     " over; set checkpoint.enable = true to go on with it, or another job.dump_folder"
                 )
-            return None
-        if wanted == -1:
-            return folder.step_folder(self.root, steps[-1]) if steps else None
-        if wanted not in steps:
+            return []
+        if wanted != -1 and wanted not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise UserError(f"checkpoint.load_step = {wanted}: {self.root} has no such checkpoint (it has: {have})")
-        return folder.step_folder(self.root, wanted)
+        return [folder.step_folder(self.root, step) for step in (reversed(steps) if wanted == -1 else (wanted,))]
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to save after `step`."""
-        first = step == 1 and self.settings.enable_first_step_checkpoint
-        return self.settings.enable and (last or first or step % self.settings.interval == 0)
+    def _open(self, path: Path) -> tuple[Opened | None, str | None]:
+        """The checkpoint, or what is wrong with it on some rank."""
+        opened: list[Opened] = []
 
-    def save(self, step: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`, whole or not at all.
+        def open_it() -> None:
+            opened.append(open_checkpoint(path))
+            if folder.step_folder(self.root, opened[0].state["step"]) != path:
+                raise UserError(f"{path / folder.STATE}: is that of step {opened[0].state['step']}")
 
-        Raises UserError when the disk is full or not writable; earlier checkpoints are not touched then.
-        """
-        final = folder.step_folder(self.root, step)
-        partial = final.with_name(final.name + ".partial")
-        hashes: dict[str, Any] = {}
-        stages: tuple[Callable[[], object], ...] = (
-            lambda: self._begin(final, [*model.values(), *optimizer.values()]),
-            lambda: self._write(partial, model, optimizer, state),
-            lambda: hashes.update(self._hash(partial)),
-            lambda: self._commit(partial, hashes),
-        )
-        for stage in stages:
-            error = self._attempt(stage)
-            if error is not None:
-                if self.world.rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise UserError(
-                    f"{final}: this checkpoint could not be saved: {error}. Earlier checkpoints are untouched; free"
-                    " some space or set job.dump_folder, and run the same command to resume"
-                )
-            hashes = {name: entry for part in self.world.gather(hashes) for name, entry in part.items()}
-        return final
+        problem = agreed(self.world, open_it)
+        return (None, problem) if problem is not None else (opened[0], None)
 
-    def _begin(self, final: Path, tensors: list[Tensor]) -> None:
-        if self.world.rank:
-            return
-        folder.begin(final)
-        # A lower bound (other ranks may share this disk), but it says so before anything is written.
-        needed, free = sum(_local_bytes(t) for t in tensors), shutil.disk_usage(final.parent).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"no space: it needs {needed:,} bytes and the disk has {free:,} free")
+    def _load(self, opened: Opened, parts: Parts) -> None:
+        load_checkpoint(opened, parts, self.world, self.settings.verify)
 
-    def _write(self, partial: Path, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
-        for part, tensors in (("model", model), ("optimizer", optimizer)):
-            with without_warnings():
-                writer = HuggingFaceStorageWriter(str(partial / part), save_distributed=True)
-                dcp.save(dict(tensors), storage_writer=writer)
-        # Only the node that wrote a file can be sure to flush it.
-        folder.sync_files(partial, f"shard-{self.world.rank + 1:05d}-")
-        if self.world.rank == 0:
-            folder.write_json(partial / folder.STATE, state)
+    def _go_back(self, path: Path, problem: str, remedy: str, older: list[Path], damaged: list[Path]) -> None:
+        """Warn that an older checkpoint is taken, or raise UserError if there is none or none may be taken."""
+        if not older or not self.settings.fallback:
+            found = {step: folder.step_folder(self.root, step) for step in folder.list_steps(self.root)}
+            others = [step for step, other in found.items() if other not in (path, *damaged)]
+            other = f"go on from another one with --checkpoint.load_step {others[-1]}" if others else "start anew"
+            raise UserError(f"{problem}: {remedy}, or {other}")
+        self._warn(f"{problem}: going back to {older[0]}")
 
-    def _hash(self, partial: Path) -> dict[str, Any]:
-        # One listing for all: on a network file system, each node may still see another one.
-        names = self.world.gather(folder.files_of(partial))[0]
-        return {name: folder.digest(partial / name) for name in names[self.world.rank :: self.world.size]}
-
-    def _commit(self, partial: Path, hashes: dict[str, Any]) -> None:
-        if self.world.rank == 0:
-            folder.commit(partial, dict(sorted(hashes.items())))
-            folder.retain(self.root, self.settings.keep_latest_k)
-
-    def _attempt(self, stage: Callable[[], object]) -> str | None:
-        """Run one stage on all ranks and wait for all; the first disk error among them as text, or None."""
-        message = None
-        try:
-            stage()
-        except (OSError, CheckpointException) as error:
-            message = _disk_error(error)
-            if message is None:
-                raise
-        return next((text for text in self.world.gather(message) if text), None)
-
-    def verify(self, path: Path) -> None:
-        """Check every file's size and hash, each rank its share. Raises UserError naming the first bad file."""
-        try:
-            manifest = folder.read_manifest(path)
-            found = folder.damage(path, sorted(manifest)[self.world.rank :: self.world.size], manifest)
-        except UserError as error:
-            found = str(error)
-        problems = [text for text in self.world.gather(found) if text]
-        if problems:
-            others = [step for step in folder.list_steps(self.root) if folder.step_folder(self.root, step) != path]
-            remedy = f"resume from another one with --checkpoint.load_step {others[-1]}" if others else "start anew"
-            raise UserError(f"{problems[0]}; this checkpoint is damaged: delete {path}, or {remedy}")
-
-    def load(self, path: Path, model: Tensors, optimizer: Tensors) -> None:
-        """Read a verified checkpoint into the given tensors, in place, whatever their layout."""
-        for part, tensors in (("model", model), ("optimizer", optimizer)):
-            with without_warnings():
-                dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path / part)))
-
-    def supersede(self, step: int) -> list[str]:
-        """Set aside the checkpoints after `step`, from which the run goes on another way; their new names.
+    def _set_aside(self, step: int, damaged: list[Path]) -> list[str]:
+        """Rename damaged checkpoints and those after `step`, so that none is taken for the newest; what was done.
 
         Otherwise the next start would take the newest of them, and retention would keep them before what is saved now.
         """
-        return folder.set_aside(self.root, step) if self.world.rank == 0 else []
-
-
-def _local_bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
-
-
-def _disk_error(error: BaseException) -> str | None:
-    """The operating system's words if a disk error lies beneath `error`, else None."""
-    causes = [error, error.__cause__, error.__context__]
-    if isinstance(error, CheckpointException):
-        causes += [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, OSError):
-            return f"{cause.strerror or cause}" + (f" ({cause.filename})" if cause.filename else "")
-    return None
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """DCP warns of a single process and of its own deprecated storage: nothing that a user could act on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+        if self.world.rank:
+            return []
+        later = [folder.step_folder(self.root, number) for number in folder.list_steps(self.root) if number > step]
+        said = [f"set the damaged {folder.set_aside(path, 'damaged')} aside" for path in damaged]
+        names = [folder.set_aside(path, "superseded") for path in later if path not in damaged]
+        return said + [f"set the later {name} aside" for name in names]

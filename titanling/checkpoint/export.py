@@ -1,53 +1,195 @@
-"""From a checkpoint to a directory that Hugging Face's transformers loads as it is."""
+"""From a checkpoint to a directory that Hugging Face's transformers loads as it is, in a few blocks of memory."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from titanling.checkpoint.weights import find_tokenizer, load_model
+from titanling.checkpoint import folder
+from titanling.checkpoint.hf_folder import CONFIG, INDEX, WEIGHTS, open_hf_folder
+from titanling.checkpoint.loading import Opened, open_checkpoint
+from titanling.checkpoint.model_card import model_card
+from titanling.checkpoint.names import tensor_shapes
+from titanling.checkpoint.shards import Shards
+from titanling.checkpoint.stream import Target, compare, plan_files, sizes_of, write_target
+from titanling.checkpoint.team import Team
+from titanling.checkpoint.weights import find_tokenizer, open_weights, setting, verified
 from titanling.errors import UserError
 from titanling.model.hf import to_hf_config
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MAX_SHARD_SIZE = "5GB"
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
 
-def export_to_hf(checkpoint: Path, output: Path, tokenizer: Path | None = None, dtype: str | None = None) -> list[str]:
-    """Write weights, config.json, generation_config.json and tokenizer; return the names of the files.
+class Plan(NamedTuple):
+    """What is to be made of a checkpoint."""
 
-    `tokenizer` is the run's own by default; `dtype` the one that the weights were saved in. The output appears only
-    when it is whole. Raises UserError for a damaged checkpoint, a missing tokenizer, an output that exists or that
-    cannot be written.
+    opened: Opened
+    shards: Shards
+    targets: list[Target]
+    texts: dict[str, str]
+    """Further files by name."""
+    tokenizer: Path
+    total_bytes: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 800MB or 2GiB. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be a size such as 5GB, 800MB or 2GiB")
+    return size
+
+
+def export_to_hf(
+    checkpoint: Path,
+    output: Path,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    verify: bool = False,
+) -> list[str]:
+    """Write weights, config.json, generation_config.json, tokenizer and README.md; return the names of the files.
+
+    `tokenizer` is the run's own by default; `dtype` the one that each weight was saved in. The output appears only when
+    it is whole; with `verify`, only after every tensor has been read back. Under torchrun the processes share the work.
+    Raises UserError for a damaged checkpoint, a missing tokenizer, an output that exists or that cannot be written.
     """
     output = output.resolve()  # "." has no name to put .partial behind
+    partial = output.with_name(output.name + ".partial")
+    team = Team()
+    plans: list[Plan] = []
+
+    def prepare() -> None:
+        _refuse_output(checkpoint, output)
+        plans.append(_plan(checkpoint, partial, tokenizer, dtype, parse_size(max_shard_size)))
+
+    team.act(prepare, lambda: _begin(partial, output, plans[0]))
+    try:
+        plan = plans[0]
+        team.act(
+            lambda: _write_share(plan, output, team.rank, team.size, verify),
+            lambda: _finish(plan, partial, output, verify),
+        )
+    finally:
+        if team.rank == 0:
+            folder.discard(partial)
+    team.leave()
+    return sorted([*(target.path.name for target in plan.targets), *plan.texts, *_tokenizer_files(plan.tokenizer)])
+
+
+def _refuse_output(checkpoint: Path, output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already; give another --output or remove it")
-    saved = load_model(checkpoint)
-    training = saved.state["config"]["training"]
-    directory, files = find_tokenizer(saved, tokenizer)
-    dtype = dtype or training["dtype"]
-    weights = {name: p.detach().to(getattr(torch, dtype)).contiguous() for name, p in saved.model.named_parameters()}
-    config = to_hf_config(saved.shape, training["seq_len"], dtype, files.bos_id, files.eod_id)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    if folder.renames(checkpoint) and output.is_relative_to(checkpoint.resolve()):
+        raise UserError(f"{output}: lies in the checkpoint itself; give another --output")
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+
+def _plan(checkpoint: Path, partial: Path, tokenizer: Path | None, dtype: str | None, limit: int) -> Plan:
+    opened = open_checkpoint(checkpoint)
     try:
+        shape, shards = open_weights(opened)
+    except UserError:
+        with verified(opened):  # a hash names the bad file better than what reading it stumbled over
+            raise
+    directory, files = find_tokenizer(opened.state, shape, tokenizer)
+    dtypes = {name: getattr(torch, dtype) if dtype else shards.dtype(name) for name in tensor_shapes(shape)}
+    sizes = sizes_of(shards, dtypes)
+    plan = plan_files(sizes, limit)
+    paths = [partial / name for name in _file_names(len(plan))]
+    targets = [Target(path, {name: dtypes[name] for name in part}, {}) for path, part in zip(paths, plan, strict=True)]
+    dtype_name = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
+    seq_len = setting(opened.state, "training.seq_len")
+    config = to_hf_config(shape, seq_len, dtype_name, files.bos_id, files.eod_id)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    texts = {CONFIG: _json(config), "generation_config.json": _json(generation)}
+    texts["README.md"] = model_card(opened.state, shape, dtype_name)
+    if len(targets) > 1:
+        texts[INDEX] = _json(_index(targets, sizes, shape.total_params))
+    return Plan(opened, shards, targets, texts, directory, sum(sizes.values()))
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _index(targets: list[Target], sizes: Mapping[str, int], parameters: int) -> dict[str, Any]:
+    places = {name: target.path.name for target in targets for name in target.dtypes}
+    return {"metadata": {"total_parameters": parameters, "total_size": sum(sizes.values())}, "weight_map": places}
+
+
+def _begin(partial: Path, output: Path, plan: Plan) -> None:
+    """On rank 0: an empty folder to write to, on a disk with room."""
+    existing = next(path for path in output.parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.total_bytes > free:
+        raise UserError(f"{output}: needs {plan.total_bytes:,} bytes and the disk has {free:,} free; free some space")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config.json", config), ("generation_config.json", generation)):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, partial / name)
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+
+
+def _write_share(plan: Plan, output: Path, rank: int, size: int, verify: bool) -> None:
+    """Write this process's share of the weight files, and check its share of the checkpoint's meanwhile."""
+    with verified(plan.opened, rank, size):
+        for target in plan.targets[rank::size]:
+            try:
+                write_target(target, plan.shards, hashed=False)
+            except OSError as error:
+                raise _cannot_write(output, error) from None
+            if verify:
+                folder.forget_cached(target.path)
+                wrong = compare(target, plan.shards)
+                if wrong is not None:
+                    raise UserError(f"{target.path}: {wrong} does not read back as it was written; look at the disk")
+
+
+def _finish(plan: Plan, partial: Path, output: Path, verify: bool) -> None:
+    """On rank 0: add the small files, and give the directory its name."""
+    try:
+        for name, text in plan.texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        for name in _tokenizer_files(plan.tokenizer):
+            shutil.copyfile(plan.tokenizer / name, partial / name)
+        for path in (*partial.iterdir(), partial):
+            folder.sync(path)
+        if verify:
+            open_hf_folder(partial)
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{output}: cannot be written: {reason}; free some space or choose another") from None
-    return sorted(path.name for path in output.iterdir())
+        folder.sync_parents(output)
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+
+
+def _tokenizer_files(directory: Path) -> list[str]:
+    return [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    return UserError(f"{output}: cannot be written: {error.strerror or error}; free some space or choose another")
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,88 +1,228 @@
-"""A checkpoint as a folder on disk: names, manifest, atomic commit, retention. Imports no torch.
+"""A checkpoint as a folder: names, manifest, atomic commit, retention. Imports no torch.
 
-A checkpoint is written to `step-000100.partial`, synced and renamed: a folder with the final name is whole. Its
-manifest.json, written last, holds the size and SHA-256 of every other file.
+On a file system a checkpoint is written to `step-000100.partial`, synced and renamed: a folder with the final name is
+whole. In an object store, which cannot rename a folder, it is written in place, and whole once its manifest is there.
+Either way manifest.json is written last; it holds the size and hash (XXH3, 128 bits) of every other file.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from titanling.data.indexed import file_sha256
+import xxhash
+
+from titanling.checkpoint.remote import RemoteFile
 from titanling.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+new_hash = xxhash.xxh3_128
+"""What files are hashed with: against damage, not against forgery, which could rewrite the manifest as well; and ten
+times as fast as SHA-256, so that it hides behind reading and writing."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
+CHUNK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
+_SUFFIXED = re.compile(r"step-(\d{6,})(?:\.(\w+))?")
 _LEFTOVER = re.compile(r"step-\d{6,}\.(partial|deleted)")
+# Kind of storage → the package that fsspec reaches it with.
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
+
+
+def root_name(run_folder: Path, name: str) -> str:
+    """The folder of a run's checkpoints: `name` below the run folder, or a URL such as s3://bucket/run."""
+    return name.rstrip("/") if "://" in name else str(run_folder / name)
+
+
+def open_root(run_folder: Path, name: str) -> Path:
+    """The same as a path. Raises UserError if the URL's kind of storage is unknown, not installed or not in reach."""
+    return open_path(root_name(run_folder, name))
+
+
+def open_path(name: str) -> Path:
+    """A local path, or for a URL its counterpart of universal_pathlib. Raises UserError as `open_root` does."""
+    if "://" not in name:
+        return Path(name)
+    package, pip = _PACKAGES.get(name.partition("://")[0]), f"{sys.executable} -m pip install"
+    try:
+        from upath import UPath
+    except ImportError:
+        needed = " ".join(["universal_pathlib", *([package] if package else [])])
+        raise UserError(f"{name}: storage named by a URL needs {needed}: {pip} {needed}") from None
+    try:
+        path = UPath(name, use_listings_cache=False)  # a listing must hold what other ranks have written
+        path.exists()
+    except ImportError as error:
+        install = f"{pip} {package}" if package else str(error)
+        raise UserError(f"{name}: this kind of storage needs a package that is not installed: {install}") from None
+    except Exception as error:  # each storage has its own
+        raise UserError(f"{name}: this storage cannot be used: {reason(error)}") from None
+    return path
+
+
+def renames(path: Path) -> bool:
+    """Whether folders there are renamed in one move (a file system), or not (an object store)."""
+    return isinstance(path, Path)
+
+
+def failures(path: Path) -> tuple[type[Exception], ...]:
+    """What reading or writing there may raise when the storage fails: each client of a URL has its own errors."""
+    return (OSError,) if renames(path) else (Exception,)
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Raises UserError for what reading there may raise when the storage fails, or when others delete it meanwhile."""
+    try:
+        yield
+    except UserError:
+        raise
+    except failures(path) as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+def open_to_read(path: Path) -> io.RawIOBase:
+    """A file, unbuffered: whoever reads it takes large pieces."""
+    return path.open("rb", buffering=0) if renames(path) else RemoteFile(path)
+
+
+def step_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def parse_name(name: str) -> tuple[int, str | None] | None:
+    """Step and suffix of `step-000100` (None) or `step-000100.damaged` ("damaged"); None: another name."""
+    found = _SUFFIXED.fullmatch(name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def step_folder(root: Path, step: int) -> Path:
     """Where the checkpoint of `step` belongs."""
-    return root / f"step-{step:06d}"
+    return root / step_name(step)
+
+
+def working_folder(final: Path) -> Path:
+    """Where the checkpoint `final` is written until it is whole."""
+    return final.with_name(final.name + ".partial") if renames(final) else final
 
 
 def list_steps(root: Path) -> list[int]:
     """Steps of the whole checkpoints under `root`, ascending."""
     if not root.is_dir():
         return []
-    names = (_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
-    return sorted(int(name[1]) for name in names if name)
+    names = ((_NAME.fullmatch(entry.name), entry) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(name[1]) for name, entry in names if name and (renames(root) or (entry / MANIFEST).exists()))
 
 
 def remove_leftovers(root: Path) -> None:
     """Delete what an interrupted save or deletion left behind."""
-    if root.is_dir():
-        for entry in root.iterdir():
-            if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry)
+    for entry in list(root.iterdir()) if root.is_dir() else []:
+        torn = not renames(root) and _NAME.fullmatch(entry.name) and not (entry / MANIFEST).exists()
+        if torn or _LEFTOVER.fullmatch(entry.name):
+            discard(entry)
 
 
-def begin(final: Path) -> Path:
-    """An empty partial folder for the checkpoint `final`."""
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+def begin(final: Path) -> None:
+    """Make the folder in which the checkpoint `final` is written. Other ranks may have begun to write there."""
+    working = working_folder(final)
+    working.mkdir(parents=True, exist_ok=True)
+    if not renames(final):
+        (final / MANIFEST).unlink(missing_ok=True)
 
 
-def sync_files(folder: Path, prefix: str) -> None:
-    """Flush to the disk the files below `folder` whose names begin with `prefix`."""
-    for path in folder.rglob(f"{prefix}*"):
-        _sync(path)
+def discard(folder: Path) -> None:
+    """Delete what there is of a folder, or of a file in its place, as far as that is possible."""
+    with suppress(*failures(folder)):
+        if folder.is_dir():
+            _remove(folder)
+        else:
+            folder.unlink(missing_ok=True)
 
 
-def commit(partial: Path, hashes: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest, sync files and folders, and give the folder its final name."""
-    write_json(partial / MANIFEST, {"format": 1, "sha256": _seal(hashes), "files": hashes})
-    for path in sorted(partial.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(partial)
-    final = partial.with_suffix("")
-    if final.exists():
-        _delete(final)
-    partial.rename(final)
-    _sync(final.parent)
+def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Make a checkpoint whole whose files (name → size and hash) have all been written and synced."""
+    working = working_folder(final)
+    if not renames(final):
+        write_json(final / MANIFEST, _manifest(files))
+        return
+    write_json(working / MANIFEST, _manifest(files))
+    sync(working / MANIFEST)
+    for path in sorted({working, *(working / name for name in map(os.path.dirname, files))}, reverse=True):
+        sync(path)
+    former = final.with_name(final.name + ".deleted")
+    if final.exists():  # out of the way in one move: deleting it takes time
+        discard(former)
+        final.rename(former)
+    working.rename(final)
+    sync_parents(final)
+    discard(former)
 
 
-def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
-    for step in list_steps(root)[:-keep] if keep else []:
-        _delete(step_folder(root, step))
+def prune(root: Path, keep: int, protected: Collection[int] = (), every: int = 0) -> list[int]:
+    """Delete all but the newest `keep` checkpoints (0 keeps all); the steps that were deleted.
+
+    Those of `protected` steps and of multiples of `every` stay as well.
+    """
+    doomed = [
+        step
+        for step in (list_steps(root)[:-keep] if keep else [])
+        if step not in protected and not (every and step % every == 0)
+    ]
+    for step in doomed:
+        delete(step_folder(root, step))
+    return doomed
 
 
-def set_aside(root: Path, step: int) -> list[str]:
-    """Rename the checkpoints after `step` to `….superseded`: kept, but never again taken for a part of this run."""
-    names = []
-    for later in (step_folder(root, number) for number in list_steps(root) if number > step):
-        aside = later.with_name(later.name + ".superseded")
-        shutil.rmtree(aside, ignore_errors=True)
-        names.append(later.rename(aside).name)
-    return names
+def set_aside(folder: Path, why: str) -> str:
+    """Keep a checkpoint under another name, `….<why>`, never again taken for a part of this run; that name."""
+    aside = folder.with_name(f"{folder.name}.{why}")
+    discard(aside)
+    if renames(folder):
+        return folder.rename(aside).name
+    # A copy, the manifest last, and only then is the original deleted: cut short, one of the two is whole.
+    for name in (*files_of(folder), MANIFEST):
+        source, target = folder / name, aside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.fs.copy(source.path, target.path)  # type: ignore[attr-defined]  # universal_pathlib's, in the storage
+    delete(folder)
+    return aside.name
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint. Cut short, it leaves none that looks whole."""
+    if renames(folder):
+        folder = folder.rename(folder.with_name(folder.name + ".deleted"))
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    _remove(folder)
+
+
+def shortage(where: Path, needed: int) -> str:
+    """In words, how many bytes are needed on the disk of a local path, and how many it has."""
+    disk = next(path for path in (where, *where.parents) if path.exists())
+    return f"it needs {needed:,} bytes and the disk has {shutil.disk_usage(disk).free:,} free"
 
 
 def files_of(folder: Path) -> list[str]:
@@ -92,74 +232,161 @@ def files_of(folder: Path) -> list[str]:
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(str(path))}
+    """Size and hash of a file."""
+    hasher, size = new_hash(), 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))  # one for all: new memory for each piece would cost as much as hashing
+    with open_to_read(path) as file:
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
+            size += count
+    return {"bytes": size, "xxh3_128": hasher.hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name → size and hash. Raises UserError where the folder is no checkpoint or its manifest is damaged."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder")
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("format") != 1 or not isinstance(files, dict):
-        raise UserError(f"{folder / MANIFEST}: not a titanling checkpoint manifest of format 1")
-    if any(name.startswith("/") or ".." in Path(name).parts for name in files):
-        raise UserError(f"{folder / MANIFEST}: names a file outside the checkpoint; do not trust this checkpoint")
-    if manifest.get("sha256") != _seal(files):
-        raise UserError(f"{folder / MANIFEST}: its list of files is not the one that was written")
-    # Every .safetensors in the folder is read, so none may be there that was not written with it.
-    stranger = next((name for name in files_of(folder) if name.endswith(".safetensors") and name not in files), None)
+    """File name → size and hash. Raises UserError where the folder is no checkpoint or its manifest is damaged.
+
+    Also where there is a tensor file that the manifest does not list.
+    """
+    files = listed_files(folder)
+    stranger = next(iter(strangers(folder, files)), None)
     if stranger is not None:
-        raise UserError(f"{folder / stranger}: does not belong to this checkpoint")
+        raise UserError(stranger)
     return files
 
 
-def damage(folder: Path, names: list[str], manifest: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with the first bad file of `names` (a part of the manifest's), or None."""
+def strangers(folder: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with tensor files that the manifest does not list: a reader takes every one in the folder."""
+    with one_line(folder):
+        found = [name for name in files_of(folder) if name.endswith(".safetensors") and name not in manifest]
+    return [f"{folder / name}: does not belong to this checkpoint" for name in found]
+
+
+def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest alone, as `read_manifest`."""
+    with one_line(folder):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such checkpoint folder")
+        for path in sorted(folder.rglob("*")) if renames(folder) else ():
+            if not _is_plain(path):
+                raise UserError(f"{path}: is a link or no regular file, which a checkpoint never holds")
+    content = _content(folder / MANIFEST)
+    manifest = _parse_json(folder / MANIFEST, content)
+    files = manifest.get("files")
+    if manifest.get("format") != 2 or not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise UserError(f"{folder / MANIFEST}: not a titanling checkpoint manifest of format 2")
+    if any(name.startswith("/") or ".." in Path(name).parts or "\0" in name for name in files):
+        raise UserError(f"{folder / MANIFEST}: names a file outside the checkpoint; do not trust this checkpoint")
+    if manifest.get("sha256") != _seal(files) or content != encode_json(_manifest(files)):
+        raise UserError(f"{folder / MANIFEST}: its list of files is not the one that was written")
+    return files
+
+
+def damage(
+    folder: Path, names: Collection[str], manifest: dict[str, dict[str, Any]], hashes: bool = True
+) -> str | None:
+    """What is wrong with the first bad file of `names` (a part of the manifest's), or None.
+
+    Without `hashes` only sizes are looked at.
+    """
     for name in names:
-        path = folder / name
-        if not path.is_file():
+        path, expected = folder / name, manifest[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{path}: has {size} bytes instead of {expected['bytes']}"
+            if hashes and digest(path)["xxh3_128"] != expected["xxh3_128"]:
+                return f"{path}: its hash is not the one that the manifest recorded"
+        except FileNotFoundError:
             return f"{path}: missing from the checkpoint"
-        if path.stat().st_size != manifest[name]["bytes"]:
-            return f"{path}: has {path.stat().st_size} bytes instead of {manifest[name]['bytes']}"
-        if digest(path)["sha256"] != manifest[name]["sha256"]:
-            return f"{path}: its SHA-256 is not the one that the manifest recorded"
+        except failures(folder) as error:
+            return f"{path}: cannot be read: {reason(error)}"
     return None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write readable JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    path.write_bytes(encode_json(value))
+
+
+def encode_json(value: dict[str, Any]) -> bytes:
+    """Readable JSON."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if it is missing or malformed."""
+    """Read a JSON object. Raises UserError if it is missing, cannot be read or is malformed."""
+    return _parse_json(path, _content(path))
+
+
+def _content(path: Path) -> bytes:
+    with one_line(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing; {path.parent} is not a whole checkpoint") from None
+
+
+def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; {path.parent} is not a whole checkpoint") from None
-    except (OSError, ValueError) as error:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return value
 
 
-def _seal(files: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _delete(folder: Path) -> None:
-    # Renamed first: a deletion that is cut short leaves no folder that looks whole.
-    doomed = folder.with_name(folder.name + ".deleted")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a local file or folder to the disk."""
+    if not renames(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_parents(path: Path) -> None:
+    """Flush the folder that a local path is in, and those above, which may be as new: the run's and the one of runs."""
+    sync(path.parent)
+    for above in path.parents[1:3]:
+        with suppress(OSError):  # we may pass through it, but not open it
+            sync(above)
+
+
+def forget_cached(path: Path) -> None:
+    """Have the next read of a synced local file come from the disk, not from the copy that writing left in memory."""
+    if renames(path) and hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether this is a file or a folder of its own: reading a pipe would wait for ever, and a link leads elsewhere."""
+    return not path.is_symlink() and (path.is_file() or path.is_dir())
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3_128"), str)
+
+
+def _manifest(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    files = dict(sorted(files.items()))
+    return {"format": 2, "sha256": _seal(files), "files": files}
+
+
+def _seal(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    if not renames(folder):
+        folder.rmdir(recursive=True)  # type: ignore[call-arg]  # universal_pathlib's
+    elif folder.is_symlink():  # never what it leads to
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

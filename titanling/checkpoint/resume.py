@@ -3,29 +3,30 @@
 from pathlib import Path
 from typing import Any
 
-from titanling.checkpoint.folder import STATE, read_json
 from titanling.errors import UserError
 
-DATA_NAMES = {"bin_sha256": "the training .bin", "idx_sha256": "the training .idx"}
 # Where a run writes and what it prints may differ between its parts without a word.
 UNREMARKABLE = ("job.", "metrics.", "profiling.", "comm.", "data.prepare.", "sampling.")
 
 
 def check_resumable(
-    path: Path, shape: dict[str, Any], data: dict[str, Any], config: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """The checkpoint's state, and in words which settings changed since.
+    path: Path, state: dict[str, Any], shape: dict[str, Any], data: dict[str, Any], config: dict[str, Any]
+) -> list[str]:
+    """In words, which settings changed since `state`, that of the checkpoint `path`.
 
     Raises UserError if the checkpoint holds another model or was trained on other data, saying what differs.
     """
-    state = read_json(path / STATE)
-    differ = _differences(state["model"], shape)
-    if differ:
+    check_model(path, state["model"], shape, "restore these, or use another job.dump_folder")
+    if "stages" not in state["data"]:
+        raise UserError(f"{path}: was saved before runs had sources; convert its weights, or use that version to go on")
+    before, now = (_read_so_far(each, state["tokens_seen"]) for each in (state["data"], data))
+    if before["stages"] != now["stages"]:
         raise UserError(
-            f"{path}: holds another model than this config: {_words(differ)}; restore these, or use another"
-            " job.dump_folder"
+            f"{path}: data.stages: up to step {state['step']:,} it read {_stages(before)}, and this config says"
+            f" {_stages(now)}; restore these (with the same training.global_batch_size): only what begins after that"
+            " step may change"
         )
-    differ = {DATA_NAMES.get(key, key): pair for key, pair in _differences(state["data"], data).items()}
+    differ = {_file_words(key): pair for key, pair in _differences(before, now).items()}
     if differ:
         raise UserError(
             f"{path}: was trained on other data than this config: {_words(differ)}; restore these, or use another"
@@ -36,7 +37,36 @@ def check_resumable(
         for key, pair in _differences(state["config"], config).items()
         if not key.startswith(UNREMARKABLE) and not key.startswith("model.")
     }
-    return state, [f"{key} was {old}, now {new}" for key, (old, new) in changed.items()]
+    return [f"{key} was {_on_one_line(old)}, now {_on_one_line(new)}" for key, (old, new) in changed.items()]
+
+
+def _read_so_far(data: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Without the stages that have not begun after so many tokens, and without the sources that only they read."""
+    stages = [stage for stage in data["stages"] if stage["start"] * data["seq_len"] < max(1, tokens)]
+    names = {name for stage in stages for name in stage["weights"]}
+    return data | {"stages": stages, "sources": {n: hashes for n, hashes in data["sources"].items() if n in names}}
+
+
+def _file_words(key: str) -> str:
+    """sources.NAME.bin_sha256 in words, for who has never seen that hash."""
+    table, _, rest = key.partition(".")
+    name, _, file = rest.rpartition(".")
+    return f'the .{file.removesuffix("_sha256")} of source "{name}"' if table == "sources" and name else key
+
+
+def _stages(data: dict[str, Any]) -> str:
+    return ", ".join(
+        " : ".join(f"{name} {weight}" for name, weight in stage["weights"].items())
+        + f" from token {stage['start'] * data['seq_len']:,}"
+        for stage in data["stages"]
+    )
+
+
+def check_model(path: Path, theirs: dict[str, Any], ours: dict[str, Any], remedy: str) -> None:
+    """Raise UserError if `path` holds a model of another shape than ours, saying what differs."""
+    differ = _differences(theirs, ours)
+    if differ:
+        raise UserError(f"{path}: holds another model than this config: {_words(differ)}; {remedy}")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -55,5 +85,9 @@ def _words(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = _on_one_line(value)
     return text if len(text) <= 20 else text[:12] + "…"
+
+
+def _on_one_line(value: Any) -> str:
+    return " ".join(str(value).split())

@@ -1,19 +1,19 @@
-"""A checkpoint's model, by itself on one device: for generation and export."""
+"""A checkpoint's model, by itself: verified while it is read, for generation and conversion."""
 
-from dataclasses import fields
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-
 from titanling.checkpoint import folder
-from titanling.checkpoint.checkpointer import without_warnings
+from titanling.checkpoint.loading import THREADS, Opened, open_checkpoint, read_tensors
+from titanling.checkpoint.names import check_tensors, saved_shape
+from titanling.checkpoint.shards import Shards
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 from titanling.errors import UserError
 from titanling.model.llama import Llama, build_on_meta
-from titanling.model.presets import LlamaShape, RopeScaling
+from titanling.model.presets import LlamaShape
 
 
 class SavedModel(NamedTuple):
@@ -29,45 +29,72 @@ def load_model(checkpoint: Path) -> SavedModel:
 
     Raises UserError if the folder is no checkpoint or a file of it is damaged.
     """
-    manifest = folder.read_manifest(checkpoint)
-    problem = folder.damage(checkpoint, [name for name in sorted(manifest) if _wanted(name)], manifest)
-    if problem:
-        raise UserError(f"{problem}; this checkpoint is damaged: use an earlier one")
-    state = folder.read_json(checkpoint / folder.STATE)
-    shape = _shape(state["model"])
-    model = build_on_meta(shape, getattr(torch, state["config"]["training"]["dtype"])).to_empty(device="cpu")
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with without_warnings():
-        dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(checkpoint / "model")))
-    return SavedModel(model.eval(), shape, state)
+    opened = open_checkpoint(checkpoint)
+    with verified(opened):
+        shape, shards = open_weights(opened)
+        model = build_on_meta(shape, shards.dtype("model.embed_tokens.weight")).to_empty(device="cpu")
+        read_tensors(shards, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    return SavedModel(model.eval(), shape, opened.state)
 
 
-def find_tokenizer(saved: SavedModel, given: Path | None) -> tuple[Path, TokenizerFiles]:
+def open_weights(opened: Opened) -> tuple[LlamaShape, Shards]:
+    """A checkpoint's shape and tensors. Raises UserError if these are not just the model's, naming the first."""
+    shape = saved_shape(opened.state["model"], opened.path / folder.STATE)
+    shards = Shards(opened.path / "model")
+    check_tensors(shards, shape, opened.path)
+    return shape, shards
+
+
+@contextmanager
+def verified(opened: Opened, rank: int = 0, size: int = 1) -> Iterator[None]:
+    """Compare the model's files with their hashes in threads while the body reads them.
+
+    Of several processes each takes its share. Raises UserError at the end naming the file that is damaged, whatever the
+    body stumbled over because of it.
+    """
+    names = sorted(name for name in opened.manifest if name.startswith("model/"))[rank::size]
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-verify")
+    checks = [pool.submit(folder.damage, opened.path, [name], opened.manifest) for name in names]
+
+    def refuse_damage() -> None:
+        problem = next((found for check in checks if (found := check.result()) is not None), None)
+        if problem is not None:
+            raise UserError(f"{problem}; this checkpoint is damaged: use an earlier one")
+
+    try:
+        yield
+        refuse_damage()
+    except UserError:
+        refuse_damage()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def setting(state: dict[str, Any], dotted: str) -> Any:
+    """A value of the config that was saved with a checkpoint. Raises UserError if there is none."""
+    table, key = dotted.split(".")
+    try:
+        return state["config"][table][key]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder.STATE}: its config has no {dotted}; it was not written by titanling") from None
+
+
+def find_tokenizer(state: dict[str, Any], shape: LlamaShape, given: Path | None) -> tuple[Path, TokenizerFiles]:
     """The tokenizer to use with a saved model, and its directory: the given one, else the run's.
 
     Raises UserError if there is none, or if it has more tokens than the model.
     """
-    directory = given or saved.state["config"]["model"]["hf_assets_path"]
+    directory = given or setting(state, "model.hf_assets_path")
     if directory is None:
         raise UserError("the run of this checkpoint had no tokenizer (model.hf_assets_path); give one with --tokenizer")
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such tokenizer directory; say where it is with --tokenizer")
     files = load_tokenizer(str(directory))
-    if files.vocab_size > saved.shape.vocab_size:
+    if files.vocab_size > shape.vocab_size:
         raise UserError(
-            f"{directory}: has {files.vocab_size} tokens, the model only {saved.shape.vocab_size}; give the tokenizer"
+            f"{directory}: has {files.vocab_size} tokens, the model only {shape.vocab_size}; give the tokenizer"
             " that it was trained with, --tokenizer"
         )
     return directory, files
-
-
-def _wanted(name: str) -> bool:
-    return name.startswith("model/") or name == folder.STATE
-
-
-def _shape(saved: dict[str, Any]) -> LlamaShape:
-    known = {field.name for field in fields(LlamaShape)}
-    scaling = saved["rope_scaling"]
-    values = {key: value for key, value in saved.items() if key in known}
-    return LlamaShape(**(values | {"rope_scaling": RopeScaling(**scaling) if scaling else None}))
