@@ -1,10 +1,15 @@
 """What every command does around its own work: user errors become one line and exit code 2."""
 
+import atexit
 import errno
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from titanling.text import escape_controls
 
 # What the user can mend: the disk is full, over quota, mounted read-only, or its permissions forbid us.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -19,6 +24,9 @@ def run(main: Callable[[], int | None]) -> None:
     """
     from titanling.errors import UserError
 
+    code: int | None = 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit.register(lambda: _end_with(code))  # called after all that others, torch say, will register
     try:
         code = main()
         sys.stdout.flush()
@@ -27,6 +35,9 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         code = 130
+    except SystemExit as end:  # argparse's
+        code = end.code if not isinstance(end.code, str) else 1
+        raise
     except BrokenPipeError:
         # Whoever read our output (head, less) has left; the interpreter's last flush must not fail on it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -38,11 +49,32 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
+def _end_with(code: int | None) -> None:
+    """End this rank without taking the interpreter down.
+
+    gloo's threads release the last collective's tensors when it suits them. One that is about to do so when it can no
+    longer have the interpreter's lock aborts the process, which had done everything that it was asked.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has left; it was closed
+            stream.flush()
+    os._exit(code or 0)
+
+
+def local_path(text: str) -> Path:
+    """A path of this machine, for a script's arguments. Raises UserError for a URL, whose name a path would mangle."""
+    from titanling.errors import UserError
+
+    if "://" in text:
+        raise UserError(f"{text}: must be a path of this machine, not a URL; copy it there yourself")
+    return Path(text)
+
+
 def _refuse(message: str) -> int:
     """Say what is wrong on one line; return the exit code."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     # The first rank of a node comes before the others there, which its launcher ends then.
     time.sleep(3 * (rank > 0) + 3 * (local_rank > 0))
     who = f"error (rank {rank})" if rank else "error"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{who}: {escape_controls(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return 2

@@ -1,0 +1,138 @@
+"""The table of faults: real processes, real signals, a real full disk; what happened, and whether the gate is met.
+
+The rows are those of tests/faults, where every test run tries a few of each. All of them take about a quarter of an
+hour on two cores. Exit code 1 if a gate is not met.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import ROOT, machine, say, write_json
+from rich.console import Console
+from rich.table import Table
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
+
+import damage  # noqa: E402
+import full_disk  # noqa: E402
+import hostile  # noqa: E402
+import kills  # noqa: E402
+import lost  # noqa: E402
+import stops  # noqa: E402
+import worlds  # noqa: E402
+from harm import Row  # noqa: E402
+from helpers import TinyData, make_tiny_data  # noqa: E402
+
+EXAMPLE = "example: python benchmarks/faults.py --rows damage disk --json results.json"
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    kills: int
+    """Of each number of ranks and each mode."""
+    flips: int
+    cuts: int
+    """Lengths at which each file is cut."""
+    stops: Sequence[stops.Stop]
+    compiled: Sequence[signal.Signals]
+    losses: Sequence[lost.Loss]
+    clean_steps: int
+    chain: Sequence[worlds.Part]
+    large: int
+    """Hidden size of a model whose save takes seconds."""
+
+
+WHOLE = Size(10, 400, 10, stops.ALL, stops.SIGNALS, lost.ALL, 1000, worlds.CHAIN, 2048)
+SMOKE = Size(1, 20, 1, stops.ALL[4:5], (), lost.ALL[:1], 20, worlds.CHAIN[1:3], 0)
+Rows = Callable[[Path, TinyData, Size], list[Row]]
+
+
+def _kills(where: Path, data: TinyData, size: Size) -> list[Row]:
+    modes = [(ranks, mode) for ranks in (1, 2) for mode in ("disabled", "async")]
+    return [kills.kill_during_saves(where / f"{r}-{m}", data, r, m, size.kills) for r, m in modes]
+
+
+def _damage(where: Path, data: TinyData, size: Size) -> list[Row]:
+    with damage.patient(where, data) as case:
+        alone = damage.refuse_whole(case)
+        rows = [damage.flip_bits(case, size.flips), damage.cut_and_swap(case, size.cuts)]
+        rows.append(Row("all checkpoints damaged", 1, alone, "refused in one line, nothing moved"))
+        return [*rows, hostile.meet_hostile_checkpoints(case)]
+
+
+def _stops(where: Path, data: TinyData, size: Size) -> list[Row]:
+    return [stops.stop_and_go_on(where / str(ranks), data, ranks, size.stops) for ranks in (1, 2)]
+
+
+def _compile(where: Path, data: TinyData, size: Size) -> list[Row]:
+    numbers = size.compiled
+    tries = [(1, numbers), (2, numbers[:1])] if numbers else []
+    return [stops.stop_in_compile(where / str(ranks), data, ranks, some) for ranks, some in tries]
+
+
+def _twice(where: Path, data: TinyData, size: Size) -> list[Row]:
+    modes = ("disabled", "async") if size.large else ()
+    return [stops.stop_twice_in_a_save(where / mode, data, mode, size.large) for mode in modes]
+
+
+ROWS: dict[str, Rows] = {
+    "kills": _kills,
+    "damage": _damage,
+    "disk": lambda where, data, size: [full_disk.fill_disk(where, data)],
+    "nan": lambda where, data, size: [worlds.poison_a_gradient(where, data, size.clean_steps)],
+    "lost": lambda where, data, size: [lost.lose_ranks(where, data, size.losses)],
+    "stops": _stops,
+    "compile": _compile,
+    "twice": _twice,
+    "worlds": lambda where, data, size: [worlds.change_worlds(where, data, size.chain)],
+    "hostile": lambda where, data, size: [hostile.meet_hostile_surroundings(where, data)],
+}
+
+
+def main() -> int:
+    """Arguments → faults → table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="these only (default: all)")
+    parser.add_argument("--json", metavar="OUT", help="also write the results here")
+    parser.add_argument("--smoke", action="store_true", help="a minute: one or two tries of each row")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"benchmark": "faults", "machine": machine(), "rows": []}
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="titanling-benchmark-") as temporary:
+        data = make_tiny_data(Path(temporary) / "data")
+        for name in arguments.rows:
+            start = time.perf_counter()
+            where = Path(temporary) / name
+            where.mkdir()
+            found = ROWS[name](where, data, SMOKE if arguments.smoke else WHOLE)
+            say(f"{name}: {time.perf_counter() - start:.0f} s")
+            results["rows"] += [{**row._asdict(), "met": not row.failures} for row in found]
+    results["seconds"] = time.perf_counter() - began
+    report(results)
+    write_json(arguments.json, results)
+    return int(not all(row["met"] for row in results["rows"]))
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print the table, and below it what was not as promised."""
+    table = Table(title=f"faults, {results['seconds'] / 60:.1f} minutes")
+    for column in ("fault", "tries", "what happened", "gate"):
+        table.add_column(column, justify="right" if column == "tries" else "left")
+    for row in results["rows"]:
+        table.add_row(row["fault"], str(row["tries"]), row["what"], "met" if row["met"] else "NOT MET")
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for row in results["rows"]:
+        for failure in row["failures"]:
+            console.print(f"{row['fault']}: {failure}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
