@@ -20,13 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from titanling.data.indexed import IndexedDataset, IndexedWriter, write_sidecar
-from titanling.data.loader import WindowSource, build_loader
+from titanling.data.loader import build_loader
+from titanling.data.mixture import Mixture, Span
+from titanling.data.sources import MixedSource, WindowSource
 
 EXAMPLE = "example: python benchmarks/loader.py --tokens 500_000_000 --json results.json"
 VOCAB = 32_768
 DOCUMENT = 1_000_000
 SEED = 0
 SEQ_LEN, BATCH = 2048, 8
+SOURCES = 28
 FAR = 10**9
 TARGET_SPEED, TARGET_RESUME = 50e6, 0.010
 
@@ -71,12 +74,13 @@ def write_tokens(prefix: str, tokens: int) -> None:
 
 def measure_speed(dataset: IndexedDataset, prefix: str, batches: int, rounds: int) -> dict[str, Any]:
     """Tokens/s of each way in each round."""
-    source = WindowSource(dataset, SEQ_LEN, SEED)
+    source = WindowSource([dataset], SEQ_LEN, SEED)
     # The bare loops are given the order; the loader has to find it.
     starts = (source.window_of(np.arange(batches * BATCH)) * SEQ_LEN).reshape(batches, BATCH)
     tokens = np.memmap(f"{prefix}.bin", dtype=dataset.dtype, mode="r")
     ways: dict[str, Callable[[], None]] = {
-        "loader": lambda: read_loader(dataset, batches),
+        "loader": lambda: read_loader(source, batches),
+        "mixture": lambda: read_loader(mixture(dataset), batches),
         "gather": lambda: gather(tokens, starts, convert=False),
         "gather_int64": lambda: gather(tokens, starts, convert=True),
     }
@@ -91,9 +95,16 @@ def measure_speed(dataset: IndexedDataset, prefix: str, batches: int, rounds: in
     return {"tokens_per_second": speeds, "ratio_to_gather_int64": statistics.median(ratios), "target": TARGET_SPEED}
 
 
-def read_loader(dataset: IndexedDataset, batches: int) -> None:
+def mixture(dataset: IndexedDataset) -> MixedSource:
+    """SOURCES sources of random weights, all over the same file."""
+    sources = [WindowSource([dataset], SEQ_LEN, SEED, str(number)) for number in range(SOURCES)]
+    weights = np.random.default_rng(0).integers(1, 1000, SOURCES).tolist()
+    return MixedSource(sources, Mixture([Span(0, tuple(weights))], SEED))
+
+
+def read_loader(source: WindowSource | MixedSource, batches: int) -> None:
     """`batches` batches as the trainer takes them, the loader's own start included."""
-    loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+    loader = build_loader(source, BATCH)
     iterator = iter(loader)
     for _ in range(batches):
         next(iterator)
@@ -116,7 +127,7 @@ def measure_resume(dataset: IndexedDataset, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for sample, state in states.items():
             start = time.perf_counter()
-            loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+            loader = build_loader(WindowSource([dataset], SEQ_LEN, SEED), BATCH)
             loader.load_state_dict(state)
             next(iter(loader))
             seconds[sample].append(time.perf_counter() - start)
@@ -127,7 +138,7 @@ def measure_resume(dataset: IndexedDataset, repeats: int) -> dict[str, Any]:
 
 def state_at(dataset: IndexedDataset, sample: int) -> dict[str, Any]:
     """The state that a loader saves one batch after `sample`."""
-    loader = build_loader(dataset, SEQ_LEN, SEED, BATCH)
+    loader = build_loader(WindowSource([dataset], SEQ_LEN, SEED), BATCH)
     loader.dataset.load_state_dict({"samples": sample})
     next(iter(loader))
     state = loader.state_dict()
@@ -142,6 +153,7 @@ def report(speed: dict[str, Any], resume: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     titles = {
         "loader": "titanling's loader (order, read, int64 inputs and labels)",
+        "mixture": f"the same of a mixture of {SOURCES} sources",
         "gather": "bare gather from a memory map",
         "gather_int64": "bare gather, int64 inputs and labels",
     }

@@ -32,6 +32,12 @@ def parse_arguments() -> argparse.Namespace:
         "--validation-fraction", type=float, default=0.01, help="share of the documents kept aside (default: 0.01)"
     )
     parser.add_argument("--tokenizer", help="folder of an existing Hugging Face tokenizer to use instead of a new one")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "tokenizers", "gigatoken"),
+        help="what encodes the text (default: auto, gigatoken if it is installed and gives the ids of tokenizers)",
+    )
     return parser.parse_args()
 
 
@@ -49,6 +55,7 @@ def main() -> None:
             text=tuple(arguments.text),
             vocab_size=arguments.vocab_size,
             validation_fraction=arguments.validation_fraction,
+            backend=arguments.backend,
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -14,7 +14,8 @@ import torch
 from data_helpers import run_python, write_documents
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.loader import BatchStream, WindowSource, build_loader, count_windows, validation_batches
+from titanling.data.loader import BatchStream, build_loader, validation_batches
+from titanling.data.sources import WindowSource, count_windows
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
 
@@ -44,32 +45,34 @@ def test_windows_cover_the_text(counting: Counting) -> None:
     for tokens, windows in ((5, 1), (8, 1), (9, 2), (41, 10), (44, 10)):
         assert count_windows(counting(tokens), SEQ_LEN) == windows
     with pytest.raises(UserError, match=r"counting4.bin: 4 tokens are too few .* seq_len = 4 \(which needs 5\)"):
-        WindowSource(counting(4), SEQ_LEN, seed=0)
+        WindowSource([counting(4)], SEQ_LEN, seed=0)
 
 
 def test_each_epoch_shows_each_window_once_in_its_own_order(counting: Counting) -> None:
-    source = WindowSource(counting(401), SEQ_LEN, seed=3)
+    source = WindowSource([counting(401)], SEQ_LEN, seed=3)
     orders = source.window_of(np.arange(300)).reshape(3, 100)
     assert all(np.array_equal(np.sort(order), np.arange(100)) for order in orders)
     assert not np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[1], orders[2])
-    other_seed = WindowSource(source.dataset, SEQ_LEN, seed=4)
-    other_name = WindowSource(source.dataset, SEQ_LEN, seed=3, name="other")
+    other_seed = WindowSource([source.datasets[0]], SEQ_LEN, seed=4)
+    other_name = WindowSource([source.datasets[0]], SEQ_LEN, seed=3, name="other")
     for other in (other_seed, other_name):
         assert not np.array_equal(other.window_of(np.arange(100)), orders[0])
 
 
 def test_samples_and_their_inverse(counting: Counting) -> None:
-    source = WindowSource(counting(401), SEQ_LEN, seed=3)
+    source = WindowSource([counting(401)], SEQ_LEN, seed=3)
     for index in (0, 1, 99, 100, 250, 10**12):
         window = source.window_of(index)
-        assert source.sample(index).tolist() == list(range(window * SEQ_LEN, window * SEQ_LEN + SEQ_LEN + 1))
+        assert source.read(np.array([index]))[0].tolist() == list(
+            range(window * SEQ_LEN, window * SEQ_LEN + SEQ_LEN + 1)
+        )
         assert source.samples_of_window(window, index // 100) == index
     samples = np.arange(100, 200)
     assert np.array_equal(source.samples_of_window(source.window_of(samples), epoch=1), samples)
 
 
 def test_labels_are_one_token_ahead(counting: Counting) -> None:
-    loader = build_loader(counting(401), SEQ_LEN, seed=0, local_batch_size=3)
+    loader = build_loader(WindowSource([counting(401)], SEQ_LEN, 0), 3)
     for batch in islice(loader, 200):
         assert set(batch) == {"input_ids", "labels"}
         for tensor in batch.values():
@@ -84,7 +87,7 @@ def test_both_token_types(tmp_path: Path) -> None:
         write_documents(str(tmp_path / str(vocab_size)), [tokens], vocab_size)
     narrow, wide = (IndexedDataset(str(tmp_path / name)) for name in ("65499", "100000"))
     assert (narrow.dtype, wide.dtype) == (np.uint16, np.int32)
-    first, second = (next(iter(BatchStream(WindowSource(data, 10, 0), 10))) for data in (narrow, wide))
+    first, second = (next(iter(BatchStream(WindowSource([data], 10, 0), 10))) for data in (narrow, wide))
     assert torch.equal(first["input_ids"], second["input_ids"])
     assert sorted(torch.cat([first["input_ids"].flatten(), first["labels"][:, -1]]).tolist()) == sorted(
         tokens + [tokens[index] for index in range(10, 100, 10)]
@@ -96,7 +99,7 @@ def test_both_token_types(tmp_path: Path) -> None:
 def test_same_samples_per_step_at_any_world_size_and_accumulation(counting: Counting, world: int, local: int) -> None:
     global_batch, dataset = 8, counting(401)
     accumulation = global_batch // (world * local)
-    source = WindowSource(dataset, SEQ_LEN, seed=5)
+    source = WindowSource([dataset], SEQ_LEN, seed=5)
     ranks = [iter(BatchStream(source, local, rank, world)) for rank in range(world)]
     for step in range(12):  # 96 samples: within the first epoch
         seen = [samples_of(next(rank), source) for _ in range(accumulation) for rank in ranks]
@@ -105,7 +108,7 @@ def test_same_samples_per_step_at_any_world_size_and_accumulation(counting: Coun
 
 
 def test_epochs_follow_each_other_inside_a_batch(counting: Counting) -> None:
-    source = WindowSource(counting(41), SEQ_LEN, seed=0)
+    source = WindowSource([counting(41)], SEQ_LEN, seed=0)
     batches = list(islice(BatchStream(source, local_batch_size=7), 10))
     windows = torch.cat([batch["input_ids"][:, 0] for batch in batches]).numpy() // SEQ_LEN
     assert np.array_equal(windows, source.window_of(np.arange(70)))
@@ -115,7 +118,7 @@ def test_resume_continues_and_state_is_small_json(counting: Counting) -> None:
     dataset = counting(401)
 
     def loader(world: int = 1, local: int = 8):
-        return build_loader(dataset, SEQ_LEN, seed=0, local_batch_size=local, dp_world=world)
+        return build_loader(WindowSource([dataset], SEQ_LEN, 0), local, dp_world=world)
 
     straight = [batch["input_ids"] for batch in islice(loader(), 8)]
     first = loader()
@@ -138,17 +141,17 @@ def test_resume_continues_and_state_is_small_json(counting: Counting) -> None:
 
 def test_state_before_the_first_batch(counting: Counting) -> None:
     dataset = counting(401)
-    loader = build_loader(dataset, SEQ_LEN, 0, 2)
+    loader = build_loader(WindowSource([dataset], SEQ_LEN, 0), 2)
     state = loader.state_dict()
     first = next(iter(loader))
-    again = build_loader(dataset, SEQ_LEN, 0, 2)
+    again = build_loader(WindowSource([dataset], SEQ_LEN, 0), 2)
     again.load_state_dict(state)
     assert torch.equal(next(iter(again))["input_ids"], first["input_ids"])
 
 
 def test_thread_ends_with_its_iterator(counting: Counting) -> None:
     dataset = counting(401)
-    stream = BatchStream(WindowSource(dataset, SEQ_LEN, seed=0), 2)
+    stream = BatchStream(WindowSource([dataset], SEQ_LEN, seed=0), 2)
     iterator = iter(stream)
     assert prefetch_threads() == 0  # nothing runs before the first batch is asked for
     next(iterator)
@@ -159,7 +162,7 @@ def test_thread_ends_with_its_iterator(counting: Counting) -> None:
     next(iterator)
     stream.close()
     assert prefetch_threads() == 0
-    loader = build_loader(dataset, SEQ_LEN, 0, 2)
+    loader = build_loader(WindowSource([dataset], SEQ_LEN, 0), 2)
     for _ in zip(loader, range(3), strict=False):
         pass
     del loader
@@ -168,7 +171,7 @@ def test_thread_ends_with_its_iterator(counting: Counting) -> None:
 
 
 def test_reloading_state_ends_the_open_iterator(counting: Counting) -> None:
-    stream = BatchStream(WindowSource(counting(401), SEQ_LEN, seed=0), 2)
+    stream = BatchStream(WindowSource([counting(401)], SEQ_LEN, seed=0), 2)
     iterator = iter(stream)
     first, second = next(iterator), next(iterator)
     stream.load_state_dict({"samples": 2})
@@ -182,7 +185,7 @@ def test_reloading_state_ends_the_open_iterator(counting: Counting) -> None:
 
 def test_what_the_thread_raises_reaches_the_trainer(counting: Counting) -> None:
     dataset = counting(401)
-    stream = BatchStream(WindowSource(dataset, SEQ_LEN, seed=0), 2)
+    stream = BatchStream(WindowSource([dataset], SEQ_LEN, seed=0), 2)
     with open(f"{dataset.prefix}.bin", "r+b") as file:
         file.truncate(40)
     iterator = iter(stream)
@@ -196,7 +199,8 @@ def test_interpreter_exits_while_batches_are_open(counting: Counting) -> None:
     code = (
         "from titanling.data.indexed import IndexedDataset\n"
         "from titanling.data.loader import build_loader\n"
-        f"iterator = iter(build_loader(IndexedDataset({prefix!r}), 4, 0, 2))\n"
+        "from titanling.data.sources import WindowSource\n"
+        f"iterator = iter(build_loader(WindowSource([IndexedDataset({prefix!r})], 4, 0), 2))\n"
         "print(next(iterator)['labels'].shape)"
     )
     done = run_python("-W", "error", "-c", code)

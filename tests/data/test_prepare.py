@@ -19,7 +19,8 @@ from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar, 
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.text import find_files, read_text
 from titanling.data.prepare.tokenise import is_validation
-from titanling.data.prepare.tokenizer import load_tokenizer, tokenizer_sha256, train_tokenizer
+from titanling.data.prepare.tokenizer import load_tokenizer, tokenizer_sha256
+from titanling.data.prepare.train import train_tokenizer
 from titanling.errors import UserError
 
 WORDS = "def return class self import for in range print lambda ñandú žluťoučký 日本語 🦊 ∑".split()

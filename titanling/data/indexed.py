@@ -39,40 +39,20 @@ def dtype_code(vocab_size: int) -> int:
     return 8 if vocab_size < 65500 else 4
 
 
-class IndexedDataset:
-    """Random access to the tokens of one .bin/.idx pair.
+class TokenFile:
+    """Random access to the raw little-endian tokens of one file, through a descriptor that threads may share (`pread`).
 
-    Holds one file descriptor for `.bin` (read by `pread`, so threads may share it) and a memory map of `.idx`.
+    The tokens begin `offset` bytes into the file and reach to its end, which the caller has checked.
 
-    Attributes: `prefix`; `num_tokens`; `num_documents`; `dtype` (uint16 or int32).
-    Raises `UserError` when a file is missing, damaged, empty or of a type we do not read.
+    Attributes: `num_tokens`; `dtype`.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self._bin_path = f"{prefix}.bin"
-        idx_path = f"{prefix}.idx"
-        for path in (self._bin_path, idx_path):
-            if not os.path.isfile(path):
-                raise UserError(f"{path}: no such file; correct the prefix in [data], or make it: prepare_data.py")
-        code, sequences, documents = _read_header(idx_path)
-        self.dtype = DTYPES[code]
-        self.num_documents = documents
-        index = np.memmap(idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
-        at = HEADER.size
-        self._lengths = index[at : at + 4 * sequences].view("<i4")
-        at += 4 * sequences
-        self._pointers = index[at : at + 8 * sequences].view("<i8")
-        at += 8 * sequences
-        self._documents = index[at : at + 8 * (documents + 1)].view("<i8")
-        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
-        size = os.path.getsize(self._bin_path)
-        if size != expected or self._pointers[0] != 0 or self._documents[-1] != sequences:
-            raise UserError(f"{self._bin_path}: {size} bytes, but {idx_path} describes {expected}; {PREPARE_AGAIN}")
-        if size == 0:
-            raise UserError(f"{self._bin_path}: holds no tokens; {PREPARE_AGAIN}")
-        self.num_tokens = size // self.dtype.itemsize
-        self._fd = os.open(self._bin_path, os.O_RDONLY)
+    def __init__(self, path: str, dtype: np.dtype, offset: int = 0) -> None:
+        self._bin_path = path
+        self._offset = offset
+        self.dtype = dtype
+        self.num_tokens = (os.path.getsize(path) - offset) // dtype.itemsize
+        self._fd = os.open(path, os.O_RDONLY)
         if sys.platform == "linux":  # macOS has no fadvise
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -89,17 +69,9 @@ class IndexedDataset:
             raise IndexError(f"{self._bin_path}: token range outside the {self.num_tokens} tokens of the file")
         rows = np.empty((len(starts), count), self.dtype)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            if os.preadv(self._fd, [row], start * self.dtype.itemsize) != row.nbytes:
-                raise UserError(f"{self._bin_path}: became shorter while in use; {PREPARE_AGAIN}")
+            if os.preadv(self._fd, [row], self._offset + start * self.dtype.itemsize) != row.nbytes:
+                raise UserError(f"{self._bin_path}: became shorter while in use; make it again")
         return rows
-
-    def document(self, index: int) -> np.ndarray:
-        """Tokens of one document with its end-of-document token: (length,). Raises IndexError."""
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
-        first, last = int(self._documents[index]), int(self._documents[index + 1])
-        start = int(self._pointers[first]) // self.dtype.itemsize
-        return self.read(start, int(self._lengths[first:last].sum()))
 
     def close(self) -> None:
         """Close the file; later reads fail. Closing twice is allowed."""
@@ -110,6 +82,60 @@ class IndexedDataset:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):  # __init__ may have raised before opening
             self.close()
+
+
+class IndexedDataset(TokenFile):
+    """Random access to the tokens of one .bin/.idx pair.
+
+    Holds one file descriptor for `.bin` and a memory map of `.idx`.
+
+    Attributes: `prefix`; `num_tokens`; `num_documents`; `dtype` (uint16 or int32).
+    Raises `UserError` when a file is missing, damaged, empty or of a type we do not read.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        bin_path, idx_path, _ = _files(prefix)
+        for path in (bin_path, idx_path):
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: no such file; correct the prefix in [data], or make it: prepare_data.py")
+        code, sequences, documents = _read_header(idx_path)
+        dtype = DTYPES[code]
+        self.num_documents = documents
+        index = np.memmap(idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
+        at = HEADER.size
+        self._lengths = index[at : at + 4 * sequences].view("<i4")
+        at += 4 * sequences
+        self._pointers = index[at : at + 8 * sequences].view("<i8")
+        at += 8 * sequences
+        self._documents = index[at : at + 8 * (documents + 1)].view("<i8")
+        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * dtype.itemsize
+        size = os.path.getsize(bin_path)
+        if size != expected or self._pointers[0] != 0 or self._documents[-1] != sequences:
+            raise UserError(f"{bin_path}: {size} bytes, but {idx_path} describes {expected}; {PREPARE_AGAIN}")
+        if size == 0:
+            raise UserError(f"{bin_path}: holds no tokens; {PREPARE_AGAIN}")
+        super().__init__(bin_path, dtype)
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document with its end-of-document token: (length,). Raises IndexError."""
+        place = self.document_range(index)
+        return self.read(place.start, len(place))
+
+    def document_range(self, index: int) -> range:
+        """Offsets of one document's tokens in the flat stream. Raises IndexError."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
+        first, last = int(self._documents[index]), int(self._documents[index + 1])
+        start = int(self._pointers[first]) // self.dtype.itemsize
+        return range(start, start + int(self._lengths[first:last].sum()))
+
+    def document_at(self, offset: int) -> int:
+        """The document that holds the token at an offset of the flat stream. Raises IndexError beyond the stream."""
+        if not 0 <= offset < self.num_tokens:
+            raise IndexError(f"{self._bin_path}: offset {offset} outside the {self.num_tokens} tokens of the file")
+        sequence = np.searchsorted(self._pointers, offset * self.dtype.itemsize, side="right") - 1
+        return int(np.searchsorted(self._documents, sequence, side="right")) - 1
 
 
 def _read_header(path: str) -> tuple[int, int, int]:
@@ -177,11 +203,15 @@ class IndexedWriter:
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document: token ids that already end with the end-of-document token."""
-        if not len(ids):
+        self.add_documents(np.asarray(ids, np.int64), np.array([len(ids)]))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents whose `tokens` stand one after another, each with its end-of-document token last."""
+        if not lengths.all():
             raise ValueError("a document needs at least its end-of-document token")
-        self._lengths.append(len(ids))
-        self._pending.append(np.asarray(ids, np.int64))
-        self._pending_tokens += len(ids)
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._pending.append(tokens)
+        self._pending_tokens += len(tokens)
         if self._pending_tokens >= FLUSH_TOKENS:
             self._flush()
 

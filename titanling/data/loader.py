@@ -1,4 +1,4 @@
-"""Batches for the trainer: sample i of a run is a pure function of (data, seq_len, seed, i).
+"""Batches for the trainer, of the run's samples in order.
 
 Any rank at any world size and any step finds its samples in O(1); the only state is the number of samples consumed.
 """
@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.order import Permutation, order_key
-from titanling.errors import UserError
+from titanling.data.sources import MixedSource, WindowSource, count_windows
 from titanling.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
@@ -27,61 +26,6 @@ PREFETCH = 2
 # cost per call.
 READ_ROWS = 64
 READ_TOKENS = 1 << 17
-
-
-def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
-    """Windows of `seq_len` tokens in the dataset, each with the one token after it as its last label.
-
-    Raises `UserError` if there is none.
-    """
-    windows = (dataset.num_tokens - 1) // seq_len
-    if windows < 1:
-        raise UserError(
-            f"{dataset.prefix}.bin: {dataset.num_tokens} tokens are too few for one sequence of seq_len = {seq_len}"
-            f" (which needs {seq_len + 1}); use more text or a smaller training.seq_len"
-        )
-    return windows
-
-
-class WindowSource:
-    """The endless sample order over one dataset.
-
-    The flat token stream is cut into `num_windows` windows of `seq_len` tokens (plus one for the last label); every
-    epoch visits each window once, in an order keyed by (seed, name, epoch).
-    """
-
-    def __init__(self, dataset: IndexedDataset, seq_len: int, seed: int, name: str = "train") -> None:
-        self.dataset = dataset
-        self.seq_len = seq_len
-        self.seed = seed
-        self.name = name
-        self.num_windows = count_windows(dataset, seq_len)
-
-    def window_of(self, sample: int | np.ndarray) -> int | np.ndarray:
-        """Window of a sample of the run (0, 1, …): int for an int, else int64 in the shape of the array."""
-        if not isinstance(sample, np.ndarray):
-            return self._permutation(sample // self.num_windows).forward(sample % self.num_windows)
-        epochs, positions = np.divmod(sample, self.num_windows)
-        windows = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            windows[chosen] = self._permutation(epoch).forward(positions[chosen])
-        return windows
-
-    def samples_of_window(self, window: int | np.ndarray, epoch: int) -> int | np.ndarray:
-        """The sample of the run that shows `window` in `epoch` (0, 1, …): the inverse of `window_of`."""
-        return epoch * self.num_windows + self._permutation(epoch).inverse(window)
-
-    def read_windows(self, windows: np.ndarray) -> np.ndarray:
-        """Tokens of windows (rows,): (rows, seq_len + 1) in the file's dtype."""
-        return self.dataset.read_rows(windows * self.seq_len, self.seq_len + 1)
-
-    def sample(self, index: int) -> np.ndarray:
-        """Tokens of one sample of the run: (seq_len + 1,) in the file's dtype."""
-        return self.read_windows(np.array([self.window_of(index)]))[0]
-
-    def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(self.num_windows, order_key(self.seed, self.name, epoch))
 
 
 class BatchStream(IterableDataset):
@@ -94,7 +38,9 @@ class BatchStream(IterableDataset):
     batches are read by one daemon thread, which ends with its iterator; what it raises is raised by the iterator.
     """
 
-    def __init__(self, source: WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1) -> None:
+    def __init__(
+        self, source: MixedSource | WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1
+    ) -> None:
         super().__init__()
         self.source = source
         self.local_batch_size = local_batch_size
@@ -141,25 +87,19 @@ class BatchStream(IterableDataset):
         block = (begins[:, None] + np.arange(self.local_batch_size)).reshape(-1)
         shape = (batches, self.local_batch_size, self.source.seq_len)
         while True:
-            inputs, labels = _split(self.source.read_windows(self.source.window_of(first + block)))
+            inputs, labels = _split(self.source.read(first + block))
             yield inputs.reshape(shape), labels.reshape(shape)
             first += stride * batches
 
 
 def build_loader(
-    dataset: IndexedDataset,
-    seq_len: int,
-    seed: int,
-    local_batch_size: int,
-    dp_rank: int = 0,
-    dp_world: int = 1,
-    name: str = "train",
+    source: MixedSource | WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1
 ) -> StatefulDataLoader:
     """torchdata's loader around a `BatchStream` (its `.dataset`): in process, no worker processes, no collation.
 
     Its state is small and JSON-serialisable, the same on all ranks, and may be loaded at another world size.
     """
-    stream = BatchStream(WindowSource(dataset, seq_len, seed, name), local_batch_size, dp_rank, dp_world)
+    stream = BatchStream(source, local_batch_size, dp_rank, dp_world)
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*set_vital.*")

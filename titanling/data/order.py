@@ -19,7 +19,10 @@ PIECE = 32768
 
 def splitmix64(value: int) -> int:
     """Output of the splitmix64 generator in the state `value`: a bijective mix of 64 bits."""
-    value = (value + GOLDEN) & WORD
+    return _mix_one((value + GOLDEN) & WORD)
+
+
+def _mix_one(value: int) -> int:
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
     return value ^ (value >> 31)
@@ -40,10 +43,10 @@ class Permutation:
             raise ValueError(f"n = {n} outside 1 … 2^62")
         self.n = n
         bits = max(2, (n - 1).bit_length())
-        self._low = np.uint64(bits // 2)
-        self._low_mask = np.uint64((1 << (bits // 2)) - 1)
-        self._high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-        self._rounds = [(r % 2 == 0, np.uint64(splitmix64(key + r * GOLDEN))) for r in range(ROUNDS)]
+        self._low = bits // 2
+        self._low_mask = (1 << (bits // 2)) - 1
+        self._high_mask = (1 << (bits - bits // 2)) - 1
+        self._rounds = [(r % 2 == 0, splitmix64(key + r * GOLDEN)) for r in range(ROUNDS)]
 
     def forward(self, index: int | np.ndarray) -> int | np.ndarray:
         """Image of each index, in the shape of `index`: int for an int, int64 for an array. IndexError outside."""
@@ -53,16 +56,33 @@ class Permutation:
         """The index whose image each value is: undoes `forward`."""
         return self._map(image, self._rounds[::-1])
 
-    def _map(self, index: int | np.ndarray, rounds: list[tuple[bool, np.uint64]]) -> int | np.ndarray:
-        values = np.array(index, dtype=np.int64, ndmin=1, order="C")
+    def _map(self, index: int | np.ndarray, rounds: list[tuple[bool, int]]) -> int | np.ndarray:
+        if not isinstance(index, np.ndarray):
+            return self._map_one(int(index), rounds)
+        values = np.array(index, dtype=np.int64, order="C")
         if values.size and (values.min() < 0 or values.max() >= self.n):
             raise IndexError(f"index outside 0 … {self.n - 1}")
         flat = values.reshape(-1).view(np.uint64)
         for start in range(0, flat.size, PIECE):
             self._walk(flat[start : start + PIECE], rounds)
-        return values if isinstance(index, np.ndarray) else int(values[0])
+        return values
 
-    def _walk(self, values: np.ndarray, rounds: list[tuple[bool, np.uint64]]) -> None:
+    def _map_one(self, value: int, rounds: list[tuple[bool, int]]) -> int:
+        """The same for one index, in a twentieth of the time that numpy needs for so little."""
+        if not 0 <= value < self.n:
+            raise IndexError(f"index outside 0 … {self.n - 1}")
+        while True:
+            high, low = value >> self._low, value & self._low_mask
+            for into_high, key in rounds:
+                if into_high:
+                    high ^= _mix_one((low + key) & WORD) & self._high_mask
+                else:
+                    low ^= _mix_one((high + key) & WORD) & self._low_mask
+            value = high << self._low | low
+            if value < self.n:
+                return value
+
+    def _walk(self, values: np.ndarray, rounds: list[tuple[bool, int]]) -> None:
         n = np.uint64(self.n)
         values[:] = self._network(values, rounds)
         outside = np.flatnonzero(values >= n)
@@ -71,18 +91,19 @@ class Permutation:
             values[outside] = walked
             outside = outside[walked >= n]
 
-    def _network(self, values: np.ndarray, rounds: list[tuple[bool, np.uint64]]) -> np.ndarray:
+    def _network(self, values: np.ndarray, rounds: list[tuple[bool, int]]) -> np.ndarray:
         """Each round changes one half by a function of the other, so that a round undoes itself."""
-        high, low = values >> self._low, values & self._low_mask
+        shift, low_mask, high_mask = map(np.uint64, (self._low, self._low_mask, self._high_mask))
+        high, low = values >> shift, values & low_mask
         mixed, shifted = np.empty_like(high), np.empty_like(high)
         for into_high, key in rounds:
-            np.add(low if into_high else high, key, out=mixed)
+            np.add(low if into_high else high, np.uint64(key), out=mixed)
             _mix(mixed, shifted)
             if into_high:
-                high ^= np.bitwise_and(mixed, self._high_mask, out=mixed)
+                high ^= np.bitwise_and(mixed, high_mask, out=mixed)
             else:
-                low ^= np.bitwise_and(mixed, self._low_mask, out=mixed)
-        return (high << self._low) | low
+                low ^= np.bitwise_and(mixed, low_mask, out=mixed)
+        return (high << shift) | low
 
 
 def _mix(values: np.ndarray, shifted: np.ndarray) -> None:

@@ -51,6 +51,7 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str) ->
     if len(done) == len(prefixes) and has_tokenizer:
         return lines
     # The tokenizers library is imported only when there is work: a warm start does not pay for it.
+    from titanling.data.prepare.encode import Encoder
     from titanling.data.prepare.tokenise import tokenise
     from titanling.data.prepare.tokenizer import load_tokenizer
 
@@ -61,7 +62,10 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str) ->
     start, read = time.monotonic(), Counter[str]()
     missing = {split: prefix for split, prefix in prefixes.items() if split not in done}
     documents = _documents(files, fraction, read)
-    made = tokenise(documents, missing, load_tokenizer(tokenizer_dir), " ".join(settings.text))
+    tokenizer = load_tokenizer(tokenizer_dir)
+    encode = Encoder(tokenizer, settings.backend)
+    made = tokenise(documents, missing, tokenizer, " ".join(settings.text), encode)
+    lines += [encode.note] if encode.note else []
     lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in made.items()]
     skipped = f", {read['skipped']:,} skipped (empty or not UTF-8)" if read["skipped"] else ""
     lines.append(f"tokenised in {time.monotonic() - start:.1f} s: {read['documents']:,} files{skipped}")
@@ -85,7 +89,8 @@ def _check_tokenizer(tokenizer_dir: str, done: dict[str, Sidecar]) -> bool:
 
 
 def _train(files: list[TextFile], fraction: float, vocab_size: int, tokenizer_dir: str) -> str:
-    from titanling.data.prepare.tokenizer import load_tokenizer, train_tokenizer
+    from titanling.data.prepare.tokenizer import load_tokenizer
+    from titanling.data.prepare.train import train_tokenizer
 
     start = time.monotonic()
     train_tokenizer(_sample(files, fraction), vocab_size, tokenizer_dir)

@@ -2,9 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import numpy as np
+
 from titanling.data.indexed import IndexedWriter, Sidecar, write_sidecar
+from titanling.data.prepare.encode import Encoded, Encoder
 from titanling.data.prepare.tokenizer import TokenizerFiles
 from titanling.errors import UserError
 
@@ -19,26 +23,31 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 def tokenise(
-    documents: Iterable[tuple[str, str]], prefixes: Mapping[str, str], files: TokenizerFiles, source: str
+    documents: Iterable[tuple[str, str]],
+    prefixes: Mapping[str, str],
+    files: TokenizerFiles,
+    source: str,
+    encode: Encoder | None = None,
 ) -> dict[str, Sidecar]:
     """Write one .bin/.idx/.json for each split; return each split's sidecar.
 
     `documents` yields (split, text); `prefixes` maps each split to write to its prefix, other splits are skipped.
     Every document is closed by the tokenizer's end-of-document token; special tokens written out in a text are
-    encoded as plain text. Raises `UserError` if a split receives no document; then nothing is written.
+    encoded as plain text. `encode` is an `Encoder(files)` unless given. Raises `UserError` if a split receives no
+    document; then nothing is written.
     """
-    # Otherwise a text that mentions <|end_of_text|> would end its document there.
-    files.tokenizer.encode_special_tokens = True
+    encode = encode or Encoder(files)
     utf8_bytes = dict.fromkeys(prefixes, 0)
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(IndexedWriter(prefix, files.vocab_size)) for split, prefix in prefixes.items()
         }
-        for batch in _batches((split, text) for split, text in documents if split in prefixes):
-            encodings = files.tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (split, text), encoding in zip(batch, encodings, strict=True):
-                writers[split].add_document([*encoding.ids, files.eod_id])
-                utf8_bytes[split] += len(text.encode())
+        batches = _batches((split, text) for split, text in documents if split in prefixes)
+        for batch, encoded in _encode_ahead(batches, encode):
+            for split, writer in writers.items():
+                chosen = np.array([its == split for its, _ in batch])
+                writer.add_documents(*(encoded if chosen.all() else _choose(encoded, chosen)))
+                utf8_bytes[split] += sum(len(text.encode()) for its, text in batch if its == split)
         for split, writer in writers.items():
             if not writer.num_documents:
                 raise UserError(
@@ -50,6 +59,26 @@ def tokenise(
         written[split] = writer.sidecar(files.sha256, files.eod_id, utf8_bytes[split], source)
         write_sidecar(prefixes[split], written[split])
     return written
+
+
+def _encode_ahead(
+    batches: Iterable[list[tuple[str, str]]], encode: Encoder
+) -> Iterator[tuple[list[tuple[str, str]], Encoded]]:
+    """Each batch with its ids. A thread encodes while the batch after it is read and the one before it written."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for batch in batches:
+            encoding = thread.submit(encode.encode, [text for _, text in batch])
+            if waiting:
+                yield waiting[0], encode.close(*waiting[1].result())
+            waiting = batch, encoding
+        if waiting:
+            yield waiting[0], encode.close(*waiting[1].result())
+
+
+def _choose(documents: Encoded, chosen: np.ndarray) -> Encoded:
+    """The documents where `chosen` (documents,) is true."""
+    return Encoded(documents.ids[np.repeat(chosen, documents.lengths)], documents.lengths[chosen])
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -1,19 +1,17 @@
-"""Trains a byte-level BPE tokenizer and reads tokenizers: directories in Hugging Face's layout."""
+"""Reads and writes tokenizers: directories in Hugging Face's layout."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from titanling.data.indexed import file_sha256, sync_folder
 from titanling.errors import UserError
 
-BEGIN_OF_TEXT = "<|begin_of_text|>"
-END_OF_TEXT = "<|end_of_text|>"
 SETTINGS = "tokenizer_config.json"
 
 
@@ -32,51 +30,45 @@ class TokenizerFiles:
     """Id of its bos_token, if it has one."""
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, directory: str) -> None:
-    """Train byte-level BPE with `vocab_size` tokens (fewer if the text is short) and save it as `directory`.
-
-    A directory that transformers' AutoTokenizer loads; it appears whole or not at all. The same texts in the same
-    order give the same bytes. Encoding adds no special tokens.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": BEGIN_OF_TEXT, "eos_token": END_OF_TEXT}
-    settings = special | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 131072,
-        "clean_up_tokenization_spaces": False,
-    }
-    files = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-        SETTINGS: json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-    }
-    _write_directory(directory, files)
-
-
 def load_tokenizer(directory: str) -> TokenizerFiles:
     """Load a Hugging Face tokenizer directory (tokenizer.json, tokenizer_config.json). Raises `UserError`."""
-    path = os.path.join(directory, "tokenizer.json")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; correct model.hf_assets_path")
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: not a tokenizer ({error}); correct model.hf_assets_path") from None
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    tokenizer = read_tokenizer(directory)
     eod_id, bos_id = (_special_id(tokenizer, directory, key) for key in ("eos_token", "bos_token"))
     if eod_id is None:
         settings = os.path.join(directory, SETTINGS)
         raise UserError(f"{settings}: names no eos_token of this tokenizer, which must close each document; add it")
-    return TokenizerFiles(tokenizer, tokenizer_sha256(directory), vocab_size, eod_id, bos_id)
+    return TokenizerFiles(tokenizer, tokenizer_sha256(directory), vocabulary_size(tokenizer), eod_id, bos_id)
+
+
+def read_tokenizer(directory: str) -> Tokenizer:
+    """The tokenizer.json of a directory. Raises `UserError`."""
+    path = os.path.join(directory, "tokenizer.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; give the folder that holds it (model.hf_assets_path)")
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer ({error}); give the folder of one (model.hf_assets_path)") from None
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Largest token id + 1, special tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str, settings: dict[str, Any]) -> None:
+    """Write `tokenizer` and its tokenizer_config.json, `settings`, as `directory`, which appears whole or not at all.
+
+    Raises OSError if it exists and is not empty.
+    """
+    special = {key: token for key, token in settings.items() if key.endswith("_token")}
+    settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2, ensure_ascii=False) + "\n",
+    }
+    _write_directory(directory, files)
 
 
 def tokenizer_sha256(directory: str) -> str:

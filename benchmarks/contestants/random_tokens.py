@@ -1,0 +1,15 @@
+"""Random tokens as token files, for those benchmarks that train titanling itself."""
+
+from pathlib import Path
+
+import numpy as np
+
+from titanling.data.indexed import IndexedWriter, write_sidecar
+
+
+def write_tokens(prefix: Path, vocab_size: int, tokens: int) -> None:
+    """One document of `tokens` ids, the same at every call, as `prefix`.bin, .idx and .json; makes the folder."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with IndexedWriter(str(prefix), vocab_size) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, vocab_size, tokens))
+    write_sidecar(str(prefix), writer.sidecar("none", eod_id=0, utf8_bytes=tokens, source="random tokens"))

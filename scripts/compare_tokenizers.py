@@ -1,0 +1,72 @@
+"""Compare tokenizers by the tokens that they spend on texts, per source: per word, per byte, and to each other."""
+
+import argparse
+import json
+from pathlib import Path
+
+from titanling.cli import run
+from titanling.errors import UserError
+
+EXAMPLE = """example:
+  python scripts/compare_tokenizers.py data/mine/tokenizer other/tokenizer --source en=english/ fi='finnish/*.txt'
+
+NSL, normalised sequence length (Dagan et al. 2024), is a tokenizer's tokens over those of the reference.
+"""
+
+
+def main() -> None:
+    """Arguments → table, and JSON if wanted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("tokenizers", nargs="+", metavar="TOKENIZER", help="directories that hold a tokenizer.json")
+    add(
+        "--source",
+        nargs="+",
+        required=True,
+        metavar="NAME=PATH[:WEIGHT]",
+        help="text, as for train_tokenizer.py; best none that a tokenizer was trained on. Weights: for the mean",
+    )
+    add("--reference", help="the tokenizer to which lengths are normalised (default: the first)")
+    add("--max-bytes", type=float, default=1e7, help="text to read of each source (default: 1e7)")
+    add("--seed", type=int, default=0, help="which pieces of a large source are taken (default: 0)")
+    add("--json", metavar="OUT", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    from titanling.checkpoint.text import columns
+    from titanling.data.prepare.fertility import as_json, compare, means
+    from titanling.data.prepare.sample import Sample, parse_sources
+    from titanling.data.prepare.tokenizer import read_tokenizer
+
+    names = [*arguments.tokenizers]
+    reference = arguments.reference or names[0]
+    if reference not in names:
+        names.append(reference)
+    if len(set(names)) < len(names):
+        raise UserError(f"{' '.join(names)}: a tokenizer is named twice; name each once")
+    if not 1 <= arguments.max_bytes < float("inf"):
+        raise UserError(f"--max-bytes {arguments.max_bytes:g}: must be 1 or more")
+    tokenizers = {name: read_tokenizer(name) for name in names}
+    sample = Sample(parse_sources(arguments.source), int(arguments.max_bytes), arguments.seed, each=True)
+    reports = compare(tokenizers, sample, reference)
+    rows = [("source", "tokenizer", "tokens/word", "tokens/byte", "NSL")]
+    for report in reports:
+        for name, found in report.tokenizers.items():
+            rows.append(_row(report.name, name, vars(found)))
+    if len(reports) > 1:
+        rows += [_row("mean", name, found) for name, found in means(reports, sample.shares).items()]
+    print("\n".join(columns(rows, right=(2, 3, 4))))
+    print(f"NSL: tokens over those of {reference}; words: what white space separates")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(as_json(reports, sample.shares, reference), indent=2, ensure_ascii=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _row(source: str, tokenizer: str, figures: dict[str, float]) -> tuple[str, ...]:
+    numbers = (figures[name] for name in ("tokens_per_word", "tokens_per_byte", "normalised_length"))
+    return source, tokenizer, *(f"{number:.3f}" for number in numbers)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,109 @@
+"""Which documents a step has read, and which steps have read a document."""
+
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING
+
+from titanling import cli
+from titanling.errors import UserError
+
+if TYPE_CHECKING:
+    from titanling.data.sources import MixedSource
+
+EXAMPLE = """examples:
+  python scripts/trace_data.py --config outputs/mine/config.toml --step 1000
+  python scripts/trace_data.py --config outputs/mine/config.toml --document web-fi:1234
+
+The config.toml in a run's folder is that of the run; --table.key value overrides keys as for training. Without
+training.global_batch_size, say with --world-size how many processes the run has.
+"""
+
+
+def main() -> None:
+    """Print what a step reads, or when a document is read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's TOML")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=int, metavar="N", help="list the documents of every sequence of step N (from 1)")
+    what.add_argument("--document", metavar="SOURCE:N", help="list the steps that read document N (from 0) of a source")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default 1)")
+    parser.add_argument("--text", action="store_true", help="with --step: the text too (needs model.hf_assets_path)")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    arguments, rest = parser.parse_known_args()
+    # Imported late, so that --help answers at once.
+    from titanling.config import load_config
+    from titanling.config.arguments import parse_arguments
+    from titanling.config.check import check_runnable, errors_name_the_file
+    from titanling.data.sources import open_sources
+    from titanling.parallel.degrees import resolve_layout, sequences_per_step
+
+    loaded = load_config(arguments.config, parse_arguments(rest).overrides)
+    config = loaded.config
+    with errors_name_the_file(loaded):
+        check_runnable(config)
+        _, degrees = resolve_layout(
+            config.model, config.parallelism, config.training, config.validation, config.compile, arguments.world_size
+        )
+        sequences = sequences_per_step(config.training, degrees.dp)
+        source = open_sources(config.data, config.training.seq_len, config.debug.seed, sequences)
+    if arguments.step is not None:
+        tokenizer = config.model.hf_assets_path if arguments.text else None
+        if arguments.text and tokenizer is None:
+            raise UserError("--text needs a tokenizer: set model.hf_assets_path, or --model.hf_assets_path FOLDER")
+        print_step(source, arguments.step, sequences, tokenizer, arguments.json)
+    else:
+        name, _, number = arguments.document.rpartition(":")
+        if not name or not number.isdecimal():
+            raise UserError(f"--document {arguments.document}: must be SOURCE:N, as web-fi:1234 or train:0")
+        print_document(source, name, int(number), config.training.steps, sequences, arguments.json)
+
+
+def print_step(source: "MixedSource", step: int, sequences: int, tokenizer: str | None, as_json: bool) -> None:
+    """One line, or one JSON object, for each sequence of a step."""
+    import numpy as np
+
+    from titanling.data.trace import pieces, samples_of_step
+
+    text = None
+    if tokenizer is not None and not as_json:
+        from titanling.data.prepare.tokenizer import load_tokenizer
+
+        text = load_tokenizer(tokenizer).tokenizer
+    if step < 1:
+        raise UserError(f"--step {step}: steps begin with 1")
+    for sample in samples_of_step(step, sequences):
+        found = pieces(source, sample)
+        if as_json:
+            row = {"step": step, "sample": sample, "pieces": [piece._asdict() for piece in found]}
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        parts = ", ".join(f"{p.source}:{p.document} [{p.first}–{p.first + p.tokens - 1}]" for p in found)
+        print(f"step {step}  sequence {sample}  {parts}")
+        if text is not None:
+            ids = source.read(np.array([sample]))[0, :-1].tolist()
+            lines = text.decode(ids, skip_special_tokens=False).splitlines()
+            print("\n".join(f"    {cli.escape_controls(line)}" for line in lines))
+
+
+def print_document(source: "MixedSource", name: str, document: int, steps: int, sequences: int, as_json: bool) -> None:
+    """One line, or one JSON object, for each time that a run reads a part of a document."""
+    from titanling.data.trace import sights
+
+    start = time.perf_counter()
+    found = list(sights(source, name, document, steps * sequences, sequences))
+    for sight in found:
+        if as_json:
+            print(json.dumps({"source": name, "document": document, **sight._asdict()}, ensure_ascii=False))
+        else:
+            last = sight.first + sight.tokens - 1
+            print(f"step {sight.step}  sequence {sight.sample}  epoch {sight.epoch + 1}  tokens {sight.first}–{last}")
+    if not as_json:
+        seconds = time.perf_counter() - start
+        print(f"{name}:{document}: {len(found)} places in {steps:,} steps, found in {1000 * seconds:.1f} ms")
+
+
+if __name__ == "__main__":
+    cli.run(main)

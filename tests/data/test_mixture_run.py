@@ -1,0 +1,101 @@
+"""Training on a mixture, as a user does: across a stage change, resumed on more ranks, edited on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import TinyData, clean_env, run_python, run_train, tiny_config
+
+STEPS = 8
+
+
+def config(folder: Path, data: TinyData, name: str = "run.toml", **changes: Any) -> Path:
+    """Two sources whose shares are swapped at step 5."""
+    sources = [
+        {"name": "x", "paths": [data.train], "weight": 3.0},
+        {"name": "y", "paths": [data.validation], "weight": 1.0},
+    ]
+    settings = {
+        "data.train": None,
+        "data.sources": sources,
+        "data.stages": [stage(5)],
+        "training.steps": STEPS,
+        "lr_scheduler.decay_ratio": 0.0,  # or half of the steps would end with another rate
+        "validation.enable": False,
+        "metrics.enable_tensorboard": False,
+    }
+    return tiny_config(folder, data, settings | {key.replace("__", "."): value for key, value in changes.items()}, name)
+
+
+def stage(step: int, **weights: float) -> dict[str, Any]:
+    return {"from_step": step, "weights": weights or {"x": 1.0, "y": 3.0}}
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Path:
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = run_train("--config", config(folder, tiny_data))
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert ["data:", "2", "sources;", "their", "shares", "change", "at", "step", "5"] in lines
+    assert any(line[:6] == "x 75.00 % → 25.00 %".split() for line in lines), run.stdout
+    return folder
+
+
+def test_across_a_stage_and_on_with_two_ranks(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:
+    path = config(tmp_path, tiny_data)
+    first = run_train("--config", path, "--training.steps=4")
+    assert first.returncode == 0, first.stderr
+    # It has read what the stage begins with; the stage itself is known only now.
+    path = config(tmp_path, tiny_data, data__stages=[stage(5)], parallelism__data_parallel_shard_degree=2)
+    command = ("-m", "titanling.launch", "--", "--config", path, "--parallelism.data_parallel_shard_degree=-1")
+    rest = run_python(*command, "--training.steps=8", "--training.local_batch_size=1", env=clean_env(NGPU="2"))
+    assert rest.returncode == 0, rest.stderr
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_stage_edited_into_a_running_job(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:
+    assert run_train("--config", config(tmp_path, tiny_data, data__stages=[]), "--training.steps=4").returncode == 0
+    early = config(tmp_path, tiny_data, "early.toml", data__stages=[stage(3)])
+    refused = run_train("--config", early)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    says = "up to step 4 it read x 3 : y 1 from token 0, and this config says x 3 : y 1 from token 0, x 1 : y 3 from"
+    assert f"data.stages: {says}" in refused.stderr and "only what begins after that step may change" in refused.stderr
+    run = run_train("--config", config(tmp_path, tiny_data))
+    assert run.returncode == 0, run.stderr
+    assert losses(tmp_path)[:4] == losses(whole)[:4] and losses(tmp_path)[4:] == pytest.approx(losses(whole)[4:])
+    later = config(tmp_path, tiny_data, "later.toml", data__stages=[stage(5), stage(9, y=1.0)])
+    assert run_train("--config", later, "--training.steps=10").returncode == 0
+
+
+BAD = {
+    "weight of nothing": ({"data__sources": [{"name": "x", "paths": ["x"], "weight": 0.0}]}, "weight = 0.0: must be"),
+    "unknown source": ({"data__stages": [stage(5, z=1.0)]}, 'data.stages gives a weight to "z"'),
+    "negative weight": ({"data__stages": [stage(5, x=-1.0)]}, "must be greater than 0"),
+    "both kinds of start": ({"data__stages": [stage(5) | {"from_tokens": 9}]}, "not both"),
+    "train and sources": ({"data__train": "a"}, "data.train is one source"),
+    "out of order": ({"data__stages": [stage(5), stage(4)]}, "data.stages must stand in order"),
+    "no file": (
+        {"data__sources": [{"name": "x", "paths": ["none*"], "weight": 1.0}], "data__stages": []},
+        "is no prefix",
+    ),
+    "exhausted": ({"training__steps": 4000}, '"y" has'),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_mixtures(tmp_path: Path, tiny_data: TinyData, case: str) -> None:
+    changes, words = BAD[case]
+    path = config(tmp_path, tiny_data, **changes)
+    if case == "exhausted":
+        path.write_text(path.read_text().replace("weight = 1.0\n", "weight = 1.0\nmax_epochs = 4.0\n"))
+    run = run_train("--config", path)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and words in run.stderr, run.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,207 @@
+"""Sources of several files, mixtures over them, and tracing both ways."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import run_python, write_documents
+
+from titanling.config.schema import Data
+from titanling.data.indexed import IndexedDataset
+from titanling.data.sources import MixedSource, check_epochs, check_sources, describe, open_sources
+from titanling.data.trace import pieces, samples_of_step, sights
+from titanling.errors import UserError
+
+SEQ_LEN = 4
+SIZES = {"a": [3, 9, 1, 28, 6], "b-1": [50, 2], "b-2": [7, 7, 7, 7], "c": [4] * 40}
+"""Lengths of the documents of each pair of files. A token says where it is: file × 1,000 + its offset."""
+
+
+def data(root: Path, **changes: Any) -> Data:
+    sources = [
+        {"name": "c", "paths": ["c"], "weight": 1.0},
+        {"name": "a", "paths": ["a"], "weight": 2.0},
+        {"name": "b", "paths": ["b-*"]},
+    ]
+    stages = [{"from_step": 3, "weights": {"a": 0.5, "b": 1.5}}, {"from_tokens": 200, "weights": {"b": 1.0, "c": 3.0}}]
+    return Data(**{"root": str(root), "sources": sources, "stages": stages} | changes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    for number, (name, lengths) in enumerate(SIZES.items()):
+        ends = np.cumsum([0, *lengths])
+        documents = [list(range(1000 * number + a, 1000 * number + b)) for a, b in zip(ends, ends[1:], strict=False)]
+        write_documents(str(folder / name), documents, vocab_size=5000, vocab=5000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(root: Path) -> MixedSource:
+    return open_sources(data(root), SEQ_LEN, seed=5, sequences=8)
+
+
+def test_every_window_of_every_file_once_an_epoch(mixed: MixedSource) -> None:
+    for windows, names in zip(mixed.sources, (["a"], ["b-1", "b-2"], ["c"]), strict=True):
+        files = [list(SIZES).index(name) for name in names]
+        tokens = [sum(SIZES[name]) for name in names]
+        expected = [
+            list(range(1000 * file + at, 1000 * file + at + SEQ_LEN + 1))
+            for file, count in zip(files, tokens, strict=True)
+            for at in range(0, count - SEQ_LEN, SEQ_LEN)
+        ]
+        assert windows.num_windows == len(expected)
+        for epoch in range(3):
+            rows = windows.read(np.arange(epoch * len(expected), (epoch + 1) * len(expected)))
+            assert sorted(rows.tolist()) == expected and (epoch == 0 or rows.tolist() != expected)
+
+
+def test_samples_of_a_run_come_from_the_stages_sources(mixed: MixedSource) -> None:
+    rows = mixed.read(np.arange(5000))
+    files = rows[:, 0] // 1000
+    assert np.all(rows == rows[:, :1] + np.arange(SEQ_LEN + 1))
+    assert set(files[:24]) == {0, 3} and set(files[24:50]) == {0, 1, 2} and set(files[50:]) == {1, 2, 3}
+    shares = np.bincount(files[50 : 50 + 4096], minlength=4) / 4096
+    assert shares[3] == 0.75 and shares[0] == 0
+    assert np.array_equal(mixed.read(np.array([4321, 7, 4999])), rows[[4321, 7, 4999]])
+
+
+def test_tokens_of_every_sample_are_those_of_its_documents(mixed: MixedSource) -> None:
+    data = {dataset.prefix: dataset for windows in mixed.sources for dataset in windows.datasets}
+    for sample in [*range(200), 10**9]:
+        parts = pieces(mixed, sample)
+        read = [data[p.prefix].document(_local(mixed, p))[p.first : p.first + p.tokens] for p in parts]
+        assert np.array_equal(np.concatenate(read), mixed.read(np.array([sample]))[0, :-1])
+
+
+def _local(mixed: MixedSource, piece: Any) -> int:
+    """Number of a piece's document in its file."""
+    return piece.document - (len(SIZES["b-1"]) if piece.prefix.endswith("b-2") else 0)
+
+
+def test_documents_lead_back_to_their_samples(mixed: MixedSource) -> None:
+    samples, sequences = 400, 8
+    seen = {(sample, p) for sample in range(samples) for p in pieces(mixed, sample)}
+    back = set()
+    for name, files in {"a": ["a"], "b": ["b-1", "b-2"], "c": ["c"]}.items():
+        for document in range(sum(len(SIZES[file]) for file in files)):
+            for sight in sights(mixed, name, document, samples, sequences):
+                assert sight.sample in samples_of_step(sight.step, sequences)
+                back.add((sight.sample, name, document, sight.first, sight.tokens))
+    assert back == {(sample, p.source, p.document, p.first, p.tokens) for sample, p in seen}
+
+
+def test_tracing_is_instant_at_any_step(mixed: MixedSource) -> None:
+    (first, *_) = pieces(mixed, 10**12)
+    windows = next(w for w in mixed.sources if w.name == first.source)
+    number = mixed.mixture.locate(np.array([10**12]))[1][0]
+    epoch = int(number) // windows.num_windows
+    assert mixed.mixture.sample_of(mixed.sources.index(windows), int(number)) == 10**12 and epoch > 10**9
+
+
+def test_the_command_traces_both_ways(root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+[model]
+flavor = "debugmodel"
+vocab_size = 5000
+[training]
+seq_len = 4
+steps = 20
+local_batch_size = 4
+global_batch_size = 8
+[data]
+root = "{root}"
+[[data.sources]]
+name = "b"
+paths = ["b-*"]
+weight = 1.0
+[[data.sources]]
+name = "c"
+paths = ["c"]
+weight = 3.0
+""",
+        encoding="utf-8",
+    )
+    step = run_python("scripts/trace_data.py", "--config", str(config), "--step", "2", "--json")
+    assert (step.returncode, step.stderr) == (0, "")
+    rows = [json.loads(line) for line in step.stdout.splitlines()]
+    assert [row["sample"] for row in rows] == list(range(8, 16))
+    part = rows[3]["pieces"][0]
+    name = f"{part['source']}:{part['document']}"
+    back = run_python("scripts/trace_data.py", "--config", str(config), "--document", name, "--world-size", "2")
+    assert back.returncode == 0 and f"step 2  sequence {rows[3]['sample']}  " in back.stdout
+    for arguments, words in (
+        (["--document", "d:0"], 'no source is named "d"; there are b, c'),
+        (["--document", "c:40"], '"c" has the documents 0 to 39'),
+        (["--document", "c"], "must be SOURCE:N"),
+        (["--step", "0"], "steps begin with 1"),
+    ):
+        wrong = run_python("scripts/trace_data.py", "--config", str(config), *arguments)
+        assert (wrong.returncode, wrong.stdout) == (2, "") and words in wrong.stderr, wrong.stderr
+
+
+def test_what_a_run_reads_is_said(mixed: MixedSource) -> None:
+    lines = describe(mixed, steps=100, sequences=8)
+    assert lines[0] == "data: 3 sources; their shares change at step 3, step 6.25"
+    assert lines[2].split() == "b 0.00 % → 75.00 % → 25.00 % of 80 tokens, read".split() + lines[2].split()[-4:]
+    for line, epochs in zip(lines[1:], mixed.epochs(800), strict=True):
+        assert line.endswith(f"read {epochs:.2f} times in all")
+
+
+def test_repeated_text(root: Path) -> None:
+    source = open_sources(data(root), SEQ_LEN, 5, 8)
+    assert check_epochs(data(root), source, 7, 8) == []
+    (b, c) = check_epochs(data(root), source, 100, 8)
+    assert '"b" is read 1' in b and '"c" is read 1' in c
+    limited = [{"name": n, "paths": [f"{n}*"], "weight": 1.0, "max_epochs": 2.0} for n in "ac"]
+    settings = data(root, sources=limited, stages=[])
+    source = open_sources(settings, SEQ_LEN, 5, 8)
+    assert check_epochs(settings, source, 5, 8) == []
+    with pytest.raises(UserError) as refused:
+        check_epochs(settings, source, 6, 8)
+    assert '"a" has 11 sequences, and 6 steps read it 2.1 times; its max_epochs = 2 are over in step 6' in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sources": [{"name": "a", "paths": ["x*"]}], "stages": []}, ['data.sources: "a"', "x* is no prefix"]),
+        (
+            {"stages": [{"from_tokens": 400, "weights": {"a": 1.0}}, {"from_step": 1, "weights": {"c": 1.0}}]},
+            [
+                "data.stages: the one from step 1 begins with sequence 8, not after the one before it, at 100",
+                "in order",
+            ],
+        ),
+    ],
+)
+def test_bad_sources(root: Path, changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        open_sources(data(root, **changes), SEQ_LEN, 5, 8)
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_sources_of_two_tokenizers(root: Path, tmp_path: Path) -> None:
+    for name, tokenizer in (("a", "ab"), ("c", "cd")):
+        write_documents(str(tmp_path / name), [list(range(30))], 5000, tokenizer_sha256=tokenizer * 32)
+    settings = data(tmp_path, sources=[{"name": n, "paths": [n], "weight": 1.0} for n in "ac"], stages=[])
+    with pytest.raises(UserError, match=r"/a and .*/c were tokenised by different tokenizers .*abab.* and cdcd"):
+        check_sources(settings, 5000, None, SEQ_LEN)
+
+
+def test_documents_and_offsets(root: Path) -> None:
+    dataset = IndexedDataset(str(root / "a"))
+    for document in range(dataset.num_documents):
+        place = dataset.document_range(document)
+        assert len(place) == SIZES["a"][document]
+        assert {dataset.document_at(offset) for offset in place} == {document}
+    for offset in (-1, dataset.num_tokens):
+        with pytest.raises(IndexError):
+            dataset.document_at(offset)

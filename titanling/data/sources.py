@@ -1,0 +1,295 @@
+"""The token files of a run, cut into windows, and the one sequence of samples that is read from them. Free of torch."""
+
+import glob
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from titanling.config.schema import Data, Source
+from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, read_sidecar
+from titanling.data.mixture import Mixture, Span, whole_weights
+from titanling.data.order import Permutation, order_key
+from titanling.errors import UserError
+
+ONLY = "train"
+"""Name of the source that is data.train."""
+MUCH = 4
+"""Epochs beyond which repeated text teaches clearly less than new text (Muennighoff et al., 2023)."""
+
+
+def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
+    """Windows of `seq_len` tokens in the dataset, each with the one token after it as its last label.
+
+    Raises `UserError` if there is none.
+    """
+    windows = (dataset.num_tokens - 1) // seq_len
+    if windows < 1:
+        raise UserError(
+            f"{dataset.prefix}.bin: {dataset.num_tokens} tokens are too few for one sequence of seq_len = {seq_len}"
+            f" (which needs {seq_len + 1}); use more text or a smaller training.seq_len"
+        )
+    return windows
+
+
+class Window(NamedTuple):
+    """Where a window lies."""
+
+    dataset: IndexedDataset
+    start: int
+    """Offset of its first token in the dataset's flat stream."""
+
+
+class WindowSource:
+    """The endless sample order over one source, of one dataset or several.
+
+    Each dataset's flat token stream is cut into windows of `seq_len` tokens (plus one for the last label), of which
+    there are `num_windows` in all; every epoch visits each once, in an order keyed by (seed, name, epoch).
+    """
+
+    def __init__(self, datasets: Sequence[IndexedDataset], seq_len: int, seed: int, name: str = ONLY) -> None:
+        self.datasets = tuple(datasets)
+        self.seq_len = seq_len
+        self.seed = seed
+        self.name = name
+        self._file_ends = list(accumulate(count_windows(dataset, seq_len) for dataset in datasets))
+        self.num_windows = self._file_ends[-1]
+
+    def window_of(self, sample: int | np.ndarray) -> int | np.ndarray:
+        """Window of a sample of the source (0, 1, …): int for an int, else int64 in the shape of the array."""
+        if not isinstance(sample, np.ndarray):
+            return self._permutation(sample // self.num_windows).forward(sample % self.num_windows)
+        epochs, positions = np.divmod(sample, self.num_windows)
+        windows = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            windows[chosen] = self._permutation(epoch).forward(positions[chosen])
+        return windows
+
+    def samples_of_window(self, window: int | np.ndarray, epoch: int) -> int | np.ndarray:
+        """The sample of the source that shows `window` in `epoch` (0, 1, …): the inverse of `window_of`."""
+        return epoch * self.num_windows + self._permutation(epoch).inverse(window)
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of samples (rows,) of the source: (rows, seq_len + 1) in the widest of the files' dtypes."""
+        return self.read_windows(self.window_of(samples))
+
+    def read_windows(self, windows: np.ndarray) -> np.ndarray:
+        """Tokens of windows (rows,): (rows, seq_len + 1) in the widest of the files' dtypes."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].read_rows(windows * self.seq_len, self.seq_len + 1)
+        files = np.searchsorted(self._file_ends, windows, side="right")
+        starts = (windows - np.array([0, *self._file_ends])[files]) * self.seq_len
+        tokens = np.empty((len(windows), self.seq_len + 1), np.result_type(*{data.dtype for data in self.datasets}))
+        for file in np.unique(files).tolist():
+            tokens[files == file] = self.datasets[file].read_rows(starts[files == file], self.seq_len + 1)
+        return tokens
+
+    def place(self, window: int) -> Window:
+        """Where a window lies."""
+        file = bisect_right(self._file_ends, window)
+        before = self._file_ends[file - 1] if file else 0
+        return Window(self.datasets[file], (window - before) * self.seq_len)
+
+    def windows_of(self, dataset: int, first: int, last: int) -> range:
+        """The windows in which tokens `first` … `last` of a dataset are inputs."""
+        before = self._file_ends[dataset - 1] if dataset else 0
+        end = self._file_ends[dataset] - before
+        return range(before + min(first // self.seq_len, end), before + min(last // self.seq_len + 1, end))
+
+    def _permutation(self, epoch: int) -> Permutation:
+        return _order(self.num_windows, self.seed, self.name, epoch)
+
+
+@lru_cache(256)  # of some epochs of each source
+def _order(windows: int, seed: int, name: str, epoch: int) -> Permutation:
+    return Permutation(windows, order_key(seed, name, epoch))
+
+
+class MixedSource:
+    """The samples of a run: sample i is a pure function of (the files, seq_len, seed, the stages, i)."""
+
+    def __init__(self, sources: Sequence[WindowSource], mixture: Mixture) -> None:
+        """`sources` in the order of the mixture, all of the same seq_len."""
+        self.sources = tuple(sources)
+        self.mixture = mixture
+        self.seq_len = sources[0].seq_len
+        self.dtype = np.result_type(*{dataset.dtype for source in sources for dataset in source.datasets})
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of samples (rows,) of the run: (rows, seq_len + 1) in the widest of the files' dtypes."""
+        if len(self.sources) == 1:  # its samples are the run's
+            return self.sources[0].read(samples)
+        tokens = np.empty((len(samples), self.seq_len + 1), self.dtype)
+        sources, numbers = self.mixture.locate(samples)
+        # One by one: few rows are of the same source, and for few numpy is slower.
+        for row, source, number in zip(tokens, sources.tolist(), numbers.tolist(), strict=True):
+            dataset, start = self.sources[source].place(self.sources[source].window_of(number))
+            row[:] = dataset.read(start, self.seq_len + 1)
+        return tokens
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each source is read in the run's first `samples`."""
+        counts = self.mixture.counts(samples)
+        return [count / source.num_windows for count, source in zip(counts, self.sources, strict=True)]
+
+
+def sources_of(data: Data) -> tuple[Source, ...]:
+    """The sources in the order of their names, which is that of the mixture; data.train is one of them all."""
+    if data.train is not None:
+        return (Source(name=ONLY, paths=(data.train,), weight=1.0),)
+    return tuple(sorted(data.sources, key=lambda source: source.name))
+
+
+def prefixes_of(data: Data, source: Source) -> list[str]:
+    """Prefixes of the source's token files, each glob's in alphabetical order. Raises UserError if one has none."""
+    if data.train is not None:
+        return [data.train]
+    found: dict[str, None] = {}
+    for path in source.paths:
+        pattern = os.path.join(data.root or "", os.path.expanduser(path))
+        if os.path.exists(f"{pattern}.idx"):
+            found[pattern] = None
+            continue
+        files = sorted(glob.glob(f"{pattern}.idx", recursive=True))
+        if not files:
+            raise UserError(
+                f'data.sources: "{source.name}": {pattern} is no prefix of token files (.bin, .idx, .json), nor a glob'
+                " of any; correct its paths or data.root, or make them: prepare_data.py"
+            )
+        found |= dict.fromkeys(file.removesuffix(".idx") for file in files)
+    return list(found)
+
+
+def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSource:
+    """Open all files of a run; reads none of their tokens.
+
+    `sequences` is how many a step takes, of all ranks together. Raises UserError: files that are missing or damaged,
+    or too short for one sequence; stages that begin together or not in order.
+    """
+    sources = sources_of(data)
+    opened = [
+        WindowSource([IndexedDataset(p) for p in prefixes_of(data, source)], seq_len, seed, source.name)
+        for source in sources
+    ]
+    return MixedSource(opened, Mixture(_spans(data, sources, seq_len, sequences), seed))
+
+
+def _spans(data: Data, sources: Sequence[Source], seq_len: int, sequences: int) -> list[Span]:
+    names = [source.name for source in sources]
+    first = {source.name: source.weight or 0.0 for source in sources}
+    first = {names[0]: 1.0} if len(names) == 1 else first
+    stages = [(0, first)]
+    for stage in data.stages:
+        start = (stage.from_step or 0) * sequences or ceil((stage.from_tokens or 0) / seq_len)
+        if start <= stages[-1][0]:
+            raise UserError(
+                f"data.stages: the one from {_named(stage.from_step, stage.from_tokens)} begins with sequence"
+                f" {start:,}, not after the one before it, at {stages[-1][0]:,} (a step takes {sequences:,} sequences"
+                f" of {seq_len:,} tokens); put them in order"
+            )
+        stages.append((start, stage.weights))
+    return [Span(start, whole_weights([weights.get(name, 0.0) for name in names])) for start, weights in stages]
+
+
+def _named(step: int | None, tokens: int | None) -> str:
+    return f"step {step:,}" if step is not None else f"token {tokens:,}"
+
+
+def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq_len: int) -> None:
+    """Raise UserError for files that are not whole, too short, or of another vocabulary or tokenizer.
+
+    `tokenizer_sha256` is that of the run's tokenizer; without one, all files must be of the same.
+    """
+    first: tuple[str, str] | None = None
+    for source in sources_of(data):
+        for prefix in prefixes_of(data, source):
+            sidecar = check_dataset(prefix, vocab_size, tokenizer_sha256)
+            check_length(prefix, sidecar.tokens, "training.seq_len", seq_len)
+            first = first or (prefix, sidecar.tokenizer_sha256)
+            if sidecar.tokenizer_sha256 != first[1]:
+                raise UserError(
+                    f"data.sources: {first[0]} and {prefix} were tokenised by different tokenizers (tokenizer.json"
+                    f" {first[1][:12]}… and {sidecar.tokenizer_sha256[:12]}…); prepare them with one"
+                )
+
+
+def check_length(prefix: str, tokens: int, key: str, seq_len: int) -> None:
+    """Raise UserError if token files are too short for one sequence of `key`."""
+    if tokens <= seq_len:
+        raise UserError(
+            f"{key} = {seq_len}: {prefix}.bin holds only {tokens} tokens, and one sequence needs {seq_len + 1};"
+            " give more text or a smaller seq_len"
+        )
+
+
+def check_epochs(data: Data, source: MixedSource, steps: int, sequences: int) -> list[str]:
+    """What to warn of. Raises UserError if a source would be read more often than its max_epochs in `steps` steps."""
+    warnings = []
+    for settings, windows, epochs in zip(
+        sources_of(data), source.sources, source.epochs(steps * sequences), strict=True
+    ):
+        name, limit = settings.name, settings.max_epochs
+        if limit is not None and epochs > limit:
+            place = source.sources.index(windows)
+            sample = source.mixture.sample_of(place, int(limit * windows.num_windows))
+            assert sample is not None
+            raise UserError(
+                f'data.sources: "{name}" has {windows.num_windows:,} sequences, and {steps:,} steps read it'
+                f" {epochs:.1f} times; its max_epochs = {limit:g} are over in step {sample // sequences + 1:,}: give it"
+                " more text or less weight, raise max_epochs, or train for fewer steps"
+            )
+        if limit is None and epochs > MUCH:
+            warnings.append(
+                f'"{name}" is read {epochs:.1f} times in {steps:,} steps; text that is repeated more than {MUCH} times'
+                " teaches less than new text"
+            )
+    return warnings
+
+
+def identity(source: MixedSource) -> dict[str, Any]:
+    """What the order of the samples depends on, for a checkpoint to be compared with: all JSON."""
+    return {
+        "seq_len": source.seq_len,
+        "seed": source.sources[0].seed,
+        "sources": {
+            windows.name: _hashes([read_sidecar(dataset.prefix) for dataset in windows.datasets])
+            for windows in source.sources
+        },
+        "stages": [_stage(source, span) for span in source.mixture.spans],
+    }
+
+
+def _hashes(sidecars: list[Sidecar]) -> dict[str, str]:
+    """One file's own, or of several the hash of theirs."""
+    both = {"bin_sha256": [s.bin_sha256 for s in sidecars], "idx_sha256": [s.idx_sha256 for s in sidecars]}
+    return {
+        key: hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        for key, hashes in both.items()
+    }
+
+
+def _stage(source: MixedSource, span: Span) -> dict[str, Any]:
+    weights = zip(source.sources, span.weights, strict=True)
+    return {"start": span.start, "weights": {windows.name: weight for windows, weight in weights if weight}}
+
+
+def describe(source: MixedSource, steps: int, sequences: int) -> list[str]:
+    """Lines that say what a run reads: share in every stage, tokens and epochs of each source."""
+    if len(source.sources) == 1:
+        return []
+    spans = source.mixture.spans
+    starts = ", ".join(f"step {span.start / sequences:,.6g}" for span in spans[1:])
+    lines = [f"data: {len(source.sources)} sources" + (f"; their shares change at {starts}" if starts else "")]
+    width = max(len(windows.name) for windows in source.sources)
+    for place, (windows, epochs) in enumerate(zip(source.sources, source.epochs(steps * sequences), strict=True)):
+        shares = " → ".join(f"{100 * span.weights[place] / sum(span.weights):5.2f} %" for span in spans)
+        tokens = sum(dataset.num_tokens for dataset in windows.datasets)
+        lines.append(f"  {windows.name:<{width}}  {shares}  of {tokens:,} tokens, read {epochs:.2f} times in all")
+    return lines
