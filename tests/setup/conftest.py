@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
         wheel.writestr(f"{info}/RECORD", "")
     return name
 """
+
+
+def own_pip() -> tuple[Path, str]:
+    """Folder and version of the tests' own pip.
+
+    Not by importing it: from then on setuptools, and with it torch's compiler, could not be imported any more (setuptools
+    leaves the standard library's distutils to pip, for the rest of the process).
+    """
+    try:
+        pip = distribution("pip")
+    except PackageNotFoundError:
+        pytest.skip("needs pip")
+    return Path(str(pip.locate_file("pip"))), pip.version
 
 
 def make_wheel(folder: Path, name: str, version: str, requires: str | None = None) -> None:
@@ -64,7 +78,11 @@ class Machine:
         for path in (self.root / "titanling", self.wheels, self.temporary):
             path.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("run_train.sh", "pyproject.toml", *(f"titanling/{n}.py" for n in ("cli", "errors", "launch"))):
+        for name in (
+            "run_train.sh",
+            "pyproject.toml",
+            *(f"titanling/{n}.py" for n in ("cli", "errors", "launch", "text")),
+        ):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "titanling" / "__init__.py").write_text('__version__ = "0.1.0"\n')
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.environment], check=True)
@@ -97,10 +115,9 @@ class Machine:
 
     def install_pip(self) -> None:
         """Give the active environment the pip that the tests' own environment has."""
-        pip = pytest.importorskip("pip")
         linked = self.environment / "pip"
         linked.mkdir()
-        (linked / "pip").symlink_to(Path(pip.__file__).parent)
+        (linked / "pip").symlink_to(own_pip()[0])
         (self.site / "pip.pth").write_text(f"{linked}\n")
 
     def offer(self, requirements: dict[str, str], requires: str | None = None) -> None:
@@ -110,10 +127,9 @@ class Machine:
 
     def offer_pip(self) -> None:
         """Add the tests' own pip to the package index."""
-        pip = pytest.importorskip("pip")
-        package = Path(pip.__file__).parent
-        make_wheel(self.wheels, "pip", pip.__version__)
-        with zipfile.ZipFile(self.wheels / f"pip-{pip.__version__}-py3-none-any.whl", "a") as wheel:
+        package, version = own_pip()
+        make_wheel(self.wheels, "pip", version)
+        with zipfile.ZipFile(self.wheels / f"pip-{version}-py3-none-any.whl", "a") as wheel:
             for path in package.rglob("*"):
                 if path.is_file() and path.suffix != ".pyc":
                     wheel.write(path, Path("pip") / path.relative_to(package))
