@@ -1,8 +1,8 @@
 """Parallel plans on the CPU: tokens/s of the same job under each layout of two processes, and compiled against eager.
 
 Every run is the command that a user types (`python -m titanling.launch -- --config …`) on random tokens, minilingua_30m
-with a vocabulary of 32,768, 4 × 512 tokens a step. Layouts take turns in rounds, each alone on the machine; a ratio is
-taken within a round.
+with a vocabulary of 32,768, 8 × 512 tokens a step without accumulation: under FSDP and DDP four sequences a process, as
+in train_step.py. Layouts take turns in rounds, each alone on the machine; a ratio is taken within a round.
 """
 
 import argparse
@@ -11,16 +11,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from contestants.protocol import FULL, SMOKE, Sizes
+from contestants.random_tokens import write_tokens
 from harness import environment, machine, say, write_json
 from rich.console import Console
 from rich.table import Table
-
-from titanling.data.indexed import IndexedWriter, write_sidecar
 
 EXAMPLE = "example: python benchmarks/parallel.py --layouts ddp fsdp tp --rounds 2 --json results.json"
 P = "--parallelism."
@@ -64,6 +63,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds: a tiny model; the times mean nothing")
     arguments = parser.parse_args()
     sizes = SMOKE if arguments.smoke else FULL
+    sizes = replace(sizes, batch=2 * sizes.batch)  # of the step, which two processes share
     results: dict[str, Any] = {"benchmark": "parallel", "machine": machine(), "tokens_per_step": sizes.tokens}
     found: dict[str, list[float]] = {name: [] for name in arguments.layouts}
     with tempfile.TemporaryDirectory(prefix="titanling-benchmark-") as temporary:
@@ -81,10 +81,7 @@ def main() -> None:
 def write_job(folder: Path, sizes: Sizes) -> None:
     """Random tokens, and the TOML of a run over them."""
     prefix = folder / "train"
-    ids = np.random.default_rng(0).integers(0, sizes.vocab_size, 50 * sizes.tokens)
-    with IndexedWriter(str(prefix), sizes.vocab_size) as writer:
-        writer.add_document(ids)
-    write_sidecar(str(prefix), writer.sidecar("none", eod_id=0, utf8_bytes=len(ids), source="random tokens"))
+    write_tokens(prefix, sizes.vocab_size, 50 * sizes.tokens)
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
     model = {key: getattr(sizes, key) for key in keys} | {"tie_embeddings": True}
     if model["n_kv_heads"] % 2:  # 6 and 3 heads do not divide by two ranks of tensor parallelism

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from titanling import cli
+from titanling.checkpoint.folder import open_path
 
 EXAMPLE = (
     "example: python scripts/generate.py --checkpoint outputs/debug/checkpoints/step-000200"
@@ -14,7 +15,7 @@ EXAMPLE = (
 def main() -> None:
     """Arguments → generate."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a step-… folder")
+    parser.add_argument("--checkpoint", type=open_path, required=True, help="a step-… folder, or its URL")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
@@ -33,7 +34,7 @@ def main() -> None:
     from titanling.model.generate import CachedDecoder, generate
 
     saved = load_model(arguments.checkpoint)
-    _, files = find_tokenizer(saved, arguments.tokenizer)
+    _, files = find_tokenizer(saved.state, saved.shape, arguments.tokenizer)
     # Documents follow an end-of-text token in training, so an empty prompt starts after one.
     prompt = files.tokenizer.encode(arguments.prompt).ids or [files.eod_id]
     capacity = len(prompt) + arguments.max_new_tokens

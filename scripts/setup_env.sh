@@ -92,9 +92,18 @@ setup_values() { sed -n "s/^$1 //p" <<<"$SETUP_REPORT"; }
 # What the report says about torch and Triton, one `name version` a line.
 setup_pins() { grep -v '^python \|^need \|^project ' <<<"$SETUP_REPORT"; }
 
+# Installs requirements into a Python, with the torch and the Triton that are there pinned.
+setup_install() {
+  local python=$1 constraints=$SETUP_LOG.constraints
+  shift
+  setup_pins | sed 's/ /==/' >"$constraints"
+  setup_pip "$*" "$python" -m pip install -c "$constraints" "$@"
+  rm -f "$constraints"
+}
+
 # Installs what is missing, with the torch and the Triton that are there pinned.
 setup_complete_active() {
-  local needs torch before constraints
+  local needs torch before
   setup_open_log
   setup_find_active "$@" || true # another process may have been faster
   mapfile -t needs < <(setup_values need)
@@ -104,12 +113,10 @@ setup_complete_active() {
       setup_fail "$PYTHON has torch $torch but no pip: install ${needs[*]} there yourself and run again"
     setup_say "Using torch $torch of $PYTHON; installing ${needs[*]}"
     before=$(setup_pins)
-    constraints=$SETUP_LOG.constraints
-    sed 's/ /==/' <<<"$before" >"$constraints"
-    setup_pip "${needs[*]}" "$PYTHON" -m pip install -c "$constraints" "${needs[@]}"
-    rm -f "$constraints"
+    setup_install "$PYTHON" "${needs[@]}"
     setup_find_active "$@" || true
-    [[ $(setup_pins) == "$before" ]] ||
+    # Asked for beside a CPU build of torch, a Triton may be new; nothing else may differ.
+    [[ $(setup_pins) == "$before" || ${needs[*]} == *triton* && $(setup_pins | grep -v '^triton ') == "$before" ]] ||
       setup_fail "installing ${needs[*]} changed torch or Triton in $PYTHON ($SETUP_LOG): restore ${before//$'\n'/, }"
     mapfile -t needs < <(setup_values need)
     ((${#needs[@]} == 0)) || setup_fail "pip did not install ${needs[*]} where $PYTHON finds it ($SETUP_LOG)"
@@ -180,7 +187,7 @@ setup_create_venv() {
 
 # Makes .venv, or adds to it. The stamp goes first and comes back last: an interrupted set-up is redone from the start.
 setup_make_venv() {
-  local known=() extras target started=$SECONDS
+  local known=() extras needs started=$SECONDS
   if setup_venv_ready "$@"; then return; fi
   setup_open_log
   export PIP_USER=0 # a site-wide "user = true" would miss .venv
@@ -191,10 +198,13 @@ setup_make_venv() {
     setup_create_venv
   fi
   mapfile -t extras < <(printf '%s\n' "${known[@]}" "$@" | sed '/^$/d' | sort -u)
-  target=$SETUP_ROOT
-  if ((${#extras[@]})); then target+="[$(IFS=, && echo "${extras[*]}")]"; fi
   setup_say "Installing torch and what else pyproject.toml lists${extras[*]:+ (with: ${extras[*]})}: some minutes, 0.2 to 3 GB"
-  setup_pip "torch and the other requirements" "$SETUP_VENV/bin/python" -m pip install -e "$target"
+  setup_pip "torch and the other requirements" "$SETUP_VENV/bin/python" -m pip install -e "$SETUP_ROOT"
+  # The extras come second: whether they need a Triton depends on the torch that is there now.
+  SETUP_REPORT=$("$SETUP_VENV/bin/python" "$SETUP_ROOT/scripts/check_env.py" --own "${extras[@]}") ||
+    setup_fail "$SETUP_REPORT"
+  mapfile -t needs < <(setup_values need)
+  if ((${#needs[@]})); then setup_install "$SETUP_VENV/bin/python" "${needs[@]}"; fi
   cp "$SETUP_ROOT/pyproject.toml" "$SETUP_VENV/.titanling-pyproject.toml"
   {
     setup_identity

@@ -165,6 +165,7 @@ def test_batch_and_degrees_against_the_world_size(
     [
         ({"comm.backend": "nccl"}, 'comm.backend = "nccl" needs GPUs and this machine has none; set "auto" or "gloo"'),
         ({"model.converters": ["quantize.linear.float8"]}, "needs an NVIDIA GPU of compute capability 8.9 or more"),
+        ({"kernels.implementation": "triton"}, '"auto" would run torch here'),
     ],
 )
 def test_what_needs_a_gpu(tmp_path: Path, tiny_data: TinyData, changes: dict[str, Any], says: str) -> None:
@@ -358,7 +359,7 @@ def test_changed_architecture_of_the_same_parameters(job: Path) -> None:
 
 
 def test_checkpoint_of_other_data(job: Path, tiny_data: TinyData) -> None:
-    says = ("was trained on other data", "the training .bin was", "and is now", "use another job.dump_folder")
+    says = ("was trained on other data", 'the .bin of source "train" was', "and is now", "use another job.dump_folder")
     refuse_resume(job, f"--data.train={tiny_data.validation}", "--training.steps=6", says=says)
 
 
@@ -376,7 +377,7 @@ def test_a_damaged_checkpoint_names_the_file(job: Path, pattern: str) -> None:
     (victim,) = (job / "run/checkpoints/step-000004").glob(pattern)
     # In the manifest, what reads as another hash would be blamed on the file it belongs to: break its syntax.
     flip_bit(victim, at=0.0 if pattern == "manifest.json" else 0.5)
-    refuse_resume(job, says=(f"{victim}: ", "--checkpoint.load_step 2"))
+    refuse_resume(job, "--checkpoint.fallback=false", says=(f"{victim}: ", "--checkpoint.load_step 2"))
     if pattern == "model/*":  # the remedy works; once is enough
         resumed = run_train("--config", job / "run.toml", "--checkpoint.load_step", "2")
         assert resumed.returncode == 0 and f"resumed from {job / 'run/checkpoints/step-000002'}" in resumed.stdout
@@ -385,7 +386,8 @@ def test_a_damaged_checkpoint_names_the_file(job: Path, pattern: str) -> None:
 def test_a_checkpoint_file_that_is_gone(job: Path) -> None:
     (victim,) = (job / "run/checkpoints/step-000004/model").iterdir()
     victim.unlink()
-    refuse_resume(job, says=(f"{victim}: missing from the checkpoint", "--checkpoint.load_step 2"))
+    says = (f"{victim}: missing from the checkpoint", "--checkpoint.load_step 2")
+    refuse_resume(job, "--checkpoint.fallback=false", says=says)
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(job: Path) -> None:
@@ -421,8 +423,8 @@ def leave_free(disk: Path, free: int) -> Path:
     ("free", "says"),
     [
         # One checkpoint takes 504 KB; a save first looks whether the tensors (469 KB) fit.
-        (200_000, ("step-000006: this checkpoint could not be saved", "no space: it needs", "free some space")),
-        (492_000, ("step-000006: this checkpoint could not be saved", os.strerror(errno.ENOSPC), "free some space")),
+        (200_000, ("step-000006: could not be saved", "No space left on device: it needs", "free some space")),
+        (492_000, ("step-000006: could not be saved", os.strerror(errno.ENOSPC), "free some space")),
         (0, (os.strerror(errno.ENOSPC), "free some space")),
     ],
     ids=["seen before writing", "while writing", "from the start"],

@@ -19,8 +19,13 @@ ROOMS_WITHOUT_TORCH = [
     "titanling.data.indexed",
     "titanling.data.order",
     "titanling.data.prepare.run",
+    "titanling.data.raw",
+    "titanling.checkpoint.describe",
     "titanling.checkpoint.folder",
+    "titanling.checkpoint.inventory",
+    "titanling.checkpoint.model_card",
     "titanling.checkpoint.resume",
+    "titanling.checkpoint.text",
     "titanling.train",
     "titanling.launch",
 ]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from titanling.loss import CHUNK, IGNORE_INDEX, cross_entropy_sum
+from titanling.loss import IGNORE_INDEX, cross_entropy_sum, head_cross_entropy_sum
+from triton_kernels.linear_cross_entropy import PIECE
 
 
 def batch(batch: int, seq: int, vocab: int, ignored: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,15 @@ def test_value_and_gradient(rows: int, seq: int, vocab: int, ignored: float, see
     assert (logits.grad.double() - gradient).abs().max() <= 1e-6
 
 
+def test_of_hidden_states() -> None:
+    hidden, labels = batch(2, 9, 8, 0.2)
+    labels[labels != IGNORE_INDEX] += 10
+    weight = torch.randn(30, 8)
+    assert head_cross_entropy_sum(hidden, weight, labels).item() == pytest.approx(
+        by_hand(hidden @ weight.t(), labels)[0], rel=1e-5
+    )
+
+
 def test_a_sum_not_a_mean() -> None:
     logits, labels = batch(2, 8, 11, 0.3)
     twice = cross_entropy_sum(torch.cat([logits, logits]), torch.cat([labels, labels]))
@@ -88,7 +98,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None
 def test_any_chunk_gives_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = batch(4, 8, 50, 0.2)
     wanted, gradient = by_hand(logits, labels)
-    monkeypatch.setitem(CHUNK, "cpu", rows * 50)
+    monkeypatch.setitem(PIECE, "cpu", rows * 50)
     before = logits.clone()
     assert cross_entropy_sum(logits, labels).item() == pytest.approx(wanted, rel=1e-5)
     assert torch.equal(logits, before)  # nothing is overwritten where no gradient is due

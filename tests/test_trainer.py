@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import SEQ_LEN, TinyData
+from helpers import SEQ_LEN, TinyData, snapshot
 from runs import differing, live_tensors, open_trainer, rows, saved_tensors
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titanling.data.indexed import IndexedDataset, IndexedWriter, write_sidecar
@@ -25,6 +26,7 @@ PRECISIONS: dict[str, Changes] = {
     "bfloat16 autocast": {"training.mixed_precision_param": "bfloat16"},
     "bfloat16 parameters": {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"},
     "float16": {"training.mixed_precision_param": "float16"},
+    "masked": {"data.document_mask": "causal"},
 }
 WITHOUT_CHECKPOINTS: Changes = {"checkpoint.enable": False}
 
@@ -139,7 +141,7 @@ def test_loss_and_gradients_do_not_depend_on_accumulation(tmp_path: Path, tiny_d
 def test_first_loss_is_the_mean_over_the_global_batch(tmp_path: Path, tiny_data: TinyData) -> None:
     with open_trainer(tmp_path, tiny_data, WITHOUT_CHECKPOINTS) as trainer:
         source = trainer.loader.dataset.source
-        tokens = torch.from_numpy(np.stack([source.sample(i) for i in range(4)]).astype(np.int64))
+        tokens = torch.from_numpy(source.read(np.arange(4)).astype(np.int64))
         with torch.no_grad():
             logits = trainer.runner.parts[0](tokens[:, :-1])
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -264,3 +266,61 @@ def test_profiling_writes_a_trace(tmp_path: Path, tiny_data: TinyData) -> None:
 def test_the_largest_seed_with_dropout(tmp_path: Path, tiny_data: TinyData) -> None:
     changes = {"debug.seed": 2**63 - 1, "model.dropout": 0.1, "training.steps": 2, **WITHOUT_CHECKPOINTS}
     assert len(rows(train(tmp_path, tiny_data, changes))) == 2
+
+
+VALIDATED = {"validation.enable": True, "validation.freq": 1, "validation.steps": 1, "checkpoint.keep_best": True}
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Have a signal come in that step."""
+    take = trainer.train_step
+
+    def stopping() -> tuple[Tensor, Tensor, float]:
+        found = take()
+        trainer.stop.name = "SIGTERM" if trainer.step == step else None
+        return found
+
+    trainer.train_step = stopping  # type: ignore[method-assign]
+
+
+def test_what_a_stop_put_off_is_told_once_and_risks_no_checkpoint(tmp_path: Path, tiny_data: TinyData) -> None:
+    """However often the run dies before it has saved again, and although the step is the best so far."""
+    run = tmp_path / "run"
+    with open_trainer(tmp_path, tiny_data, VALIDATED) as trainer:
+        stop_after(trainer, 3)
+        trainer.train()
+    assert [step for step, _ in rows(run, "val_loss")] == [1, 2]
+    before = snapshot(run / "checkpoints" / "step-000003")
+
+    def dying() -> tuple[Tensor, Tensor, float]:
+        raise Crash
+
+    for _ in range(2):
+        with open_trainer(tmp_path, tiny_data, VALIDATED) as trainer, pytest.raises(Crash):
+            trainer.train_step = dying  # type: ignore[method-assign]
+            trainer.train()
+        assert trainer.best is not None and trainer.best["step"] == 3
+        assert snapshot(run / "checkpoints" / "step-000003") == before
+    train(tmp_path, tiny_data, VALIDATED)
+    assert [step for step, _ in rows(run, "val_loss")] == [1, 2, 3, 4]
+
+
+def test_a_stop_in_the_last_step_leaves_one_validation(tmp_path: Path, tiny_data: TinyData) -> None:
+    with open_trainer(tmp_path, tiny_data, VALIDATED) as trainer:
+        stop_after(trainer, 4)
+        trainer.train()
+    for _ in range(2):
+        train(tmp_path, tiny_data, VALIDATED)
+        assert [step for step, _ in rows(tmp_path / "run", "val_loss")] == [1, 2, 3, 4]
+
+
+def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path: Path, tiny_data: TinyData) -> None:
+    with open_trainer(tmp_path, tiny_data, VALIDATED) as trainer:
+        loss_sum, losses = trainer.runner.loss_sum, iter([float("nan"), 1.0, 1.0, 1.0])
+        trainer.runner.loss_sum = lambda batch: loss_sum(batch) * next(losses)  # type: ignore[method-assign]
+        trainer.train()
+        assert trainer.best is not None and trainer.best["step"] == 4

@@ -27,8 +27,9 @@ from types import FrameType
 from titanling.cli import run
 from titanling.errors import UserError
 
-GRACE_SECONDS = 15.0
-"""How long the other processes may take to end after one has failed: they usually hang in a collective with it."""
+GRACE_SECONDS = 0.75
+"""How long the other processes may take to end after one has failed: they usually hang in a collective with it, and
+a save that they have under way can never be whole."""
 POLL_SECONDS = 0.02
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # Below Linux's range of ephemeral ports, so that no outgoing connection takes the port before rank 0 listens on it.
@@ -110,16 +111,15 @@ class Group:
         """Wait for all; return 0, or the code of the first to fail (128 + n if signal n killed it).
 
         75 (EX_TEMPFAIL) is for a program that stopped after saving: the others are about to end as well and may still
-        be writing, so nobody is hurried. After any other failure they have GRACE_SECONDS.
+        be writing, so nobody is hurried. After any other failure they have GRACE_SECONDS to end by themselves; if a
+        signal was the reason, none, for they could only say once more, and later, what we have said.
         """
         first_failure: int | None = None
         deadline = float("inf")
         while None in [process.poll() for process in self._processes]:
             if first_failure is None and (first_failure := self._failure()) not in (None, os.EX_TEMPFAIL):
-                deadline = time.monotonic() + GRACE_SECONDS
-                if not self._stops:
-                    self._send(signal.SIGTERM)
-            if time.monotonic() > deadline:
+                deadline = time.monotonic() + (0 if first_failure < 0 and not self._stops else GRACE_SECONDS)
+            if time.monotonic() >= deadline:
                 self._send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
         first_failure = first_failure or self._failure()

@@ -1,82 +1,37 @@
-"""The training loss."""
+"""The training loss: cross-entropy in nats, summed over all valid targets.
 
-from dataclasses import dataclass
-from typing import Any
+Summed, not averaged: the caller divides by the valid targets of the whole global batch. Labels are int64, already
+shifted; IGNORE_INDEX counts for nothing, neither in the loss nor in that number. With a `shard`, the vocabulary is
+divided over a group of ranks, which all get the same loss (Megatron-LM's vocabulary-parallel loss). A loss is computed
+together with its gradient, which can be had once.
+"""
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
-"""A label that counts for nothing, neither in the loss nor in the number of tokens that it is divided by."""
-# Elements of the logits worked on together: what fits the last cache of a CPU; on a GPU, enough to fill it.
-CHUNK = {"cpu": 2**22, "cuda": 2**28}
+from triton_kernels.linear_cross_entropy import (
+    IGNORE_INDEX,
+    LossOptions,
+    VocabShard,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Logits whose vocabulary is divided over the ranks of a group: this rank's begin at id `first`."""
-
-    group: dist.ProcessGroup
-    first: int
-
-    def sum_(self, values: Tensor) -> Tensor:
-        """Add up over the shards, in place."""
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def max_(self, values: Tensor) -> Tensor:
-        """The largest over the shards, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-        return values
+__all__ = ["IGNORE_INDEX", "VocabShard", "cross_entropy_sum", "head_cross_entropy_sum"]
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, shard: VocabShard | None = None) -> Tensor:
-    """Sum of the cross-entropy in nats over all valid targets, 0-dim float32.
+    """Of logits (batch, seq, vocab) of any floating dtype and labels (batch, seq): 0-dim float32.
 
-    logits (batch, seq, vocab) of any floating dtype; labels (batch, seq) int64, already shifted. Summed, not averaged:
-    the caller divides by the valid targets of the whole global batch. With a `shard`, logits (batch, seq, vocab of
-    this rank) are its part; the loss is the same on all ranks of the group (Megatron-LM's vocabulary-parallel loss).
-    Where a gradient is due it is computed at once and overwrites the logits, which the caller must not use again: the
-    largest tensor of a step is then held once instead of three times, and read while it is in the cache.
+    Where a gradient is due it overwrites the logits, which the caller must not use again. With a shard, logits are
+    (batch, seq, vocab of this rank). Raises ValueError for what does not fit together.
     """
-    return _CrossEntropySum.apply(logits.flatten(0, 1), labels.flatten(), shard)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), LossOptions(shard=shard))
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabShard | None) -> Tensor:
-        vocab = logits.size(1)
-        rows = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // vocab)
-        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for chunk, targets in zip(logits.split(rows), labels[:, None].split(rows), strict=True):
-            valid = targets != IGNORE_INDEX
-            local = targets if shard is None else targets - shard.first
-            here = valid if shard is None else valid & (local >= 0) & (local < vocab)
-            safe = local.clamp(0, vocab - 1)
-            values = chunk.float()  # the chunk itself if it is float32 already
-            top = values.amax(1, keepdim=True)
-            top = top if shard is None else shard.max_(top)
-            picked = values.gather(1, safe) * here
-            keep = not ctx.needs_input_grad[0] and values is chunk
-            exponentials = (values - top if keep else values.sub_(top)).exp_()
-            total = exponentials.sum(1, keepdim=True)
-            if shard is not None:
-                total, picked = shard.sum_(torch.stack((total, picked)))
-            loss += ((total.log() + top - picked) * valid).sum()
-            if not ctx.needs_input_grad[0]:
-                continue
-            # softmax - one-hot, and nothing where the label is ignored
-            gradient = exponentials.mul_(valid / total).scatter_add_(1, safe, -here.float())
-            if chunk.dtype != torch.float32:
-                chunk.copy_(gradient)
-        # Not save_for_backward: it would refuse a view (of a DTensor's local part, say) that was overwritten.
-        ctx.gradient = logits.detach()
-        return loss
+def head_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard | None = None) -> Tensor:
+    """Of the logits hidden · weightᵀ, never all of them at once: 0-dim float32.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad_loss), None, None
+    hidden (batch, seq, dim), weight (vocab, dim), labels (batch, seq). With a shard, weight is this rank's part, (vocab
+    of this rank, dim), and hidden's gradient a part of a sum over the group. Raises ValueError as above.
+    """
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), LossOptions(shard=shard))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from titanling.checkpoint.folder import step_folder
+from titanling.checkpoint.folder import root_name, step_name
 from titanling.config import Config
 from titanling.data.indexed import read_sidecar
 
@@ -32,15 +32,29 @@ def summary(
     if config.metrics.enable_tensorboard:
         rows["TensorBoard"] = _command(_program("tensorboard"), "--logdir", folder / config.metrics.save_tb_folder)
     if config.checkpoint.enable:
-        checkpoint = step_folder(folder / config.checkpoint.folder, steps)
+        checkpoint = f"{root_name(folder, config.checkpoint.folder)}/{step_name(steps)}"
         script = (_program("python"), _script("scripts/generate.py"), "--checkpoint", checkpoint)
-        rows["checkpoint"] = str(checkpoint)
+        rows["checkpoint"] = checkpoint
         rows["go on"] = _run_again(config_file, overrides, 2 * steps)
         if config.model.hf_assets_path:
             rows["generate"] = _command(*script, "--prompt") + ' "def fibonacci(n):"'
         script = (_program("python"), _script("scripts/convert_dcp_to_hf.py"), "--checkpoint", checkpoint)
         rows["convert"] = _command(*script, "--output", "hf/")
     return "\n".join([*lines, *(f"  {name:<12} {text}" for name, text in rows.items())])
+
+
+def stopped_summary(
+    config_file: str, overrides: Mapping[str, Any], config: Config, steps: int, losses: Mapping[str, float]
+) -> str:
+    """What to say of a run that a signal has ended before its last step."""
+    again = _run_again(config_file, overrides, config.training.steps)
+    if steps == 0:
+        return f"\nStopped before the first step; nothing was to be saved\n  {'go on':<12} {again}"
+    if not config.checkpoint.enable:
+        return (
+            f"\nStopped after step {steps} of {config.training.steps}; checkpoint.enable = false, so nothing is saved"
+        )
+    return f"\nStopped after step {steps} of {config.training.steps}, which is saved\n  {'go on':<12} {again}"
 
 
 def _run_again(config_file: str, overrides: Mapping[str, Any], steps: int) -> str:
@@ -51,7 +65,7 @@ def _run_again(config_file: str, overrides: Mapping[str, Any], steps: int) -> st
     environment += [f"{name}={os.environ[name]}" for name in ("NGPU", "NNODES") if os.environ.get(name, "1") != "1"]
     words = [_script("run_train.sh")]
     for key, value in overrides.items():
-        if key != "training.steps":
+        if key not in ("training.steps", "checkpoint.load_step"):  # it has gone on from there: not once more
             words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     return " ".join([*environment, _command(*words, "--training.steps", steps)])
 

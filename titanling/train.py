@@ -4,10 +4,14 @@ Everything that can be wrong in the config, the data or the topology is said bef
 """
 
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from titanling import cli
+from titanling.checkpoint.folder import FULL, open_root, shortage
 from titanling.config import Config, load_config
 from titanling.config.arguments import parse_arguments
 from titanling.config.check import check_runnable, errors_name_the_file
@@ -15,34 +19,48 @@ from titanling.config.load import dump_toml
 from titanling.config.reference import help_text
 from titanling.data.indexed import check_dataset, file_sha256
 from titanling.data.prepare.run import prepare
+from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
-from titanling.parallel.degrees import Degrees, resolve_layout, world_size
+from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step, world_size
 from titanling.planner.command import plan, planned_world_size
-from titanling.summary import summary
+from titanling.stop import StopRequest
+from titanling.summary import stopped_summary, summary
+from titanling.text import escape_controls
+
+if TYPE_CHECKING:
+    from titanling.trainer import Trainer
 
 
-def main() -> None:
-    """Parse, check, prepare what is missing, train."""
+def main() -> int | None:
+    """Parse, check, prepare what is missing, train; the exit code."""
     arguments = parse_arguments(sys.argv[1:])
     if arguments.help:
         print(help_text())
-        return
+        return 0
     if arguments.config is None:
         raise UserError("command line: --config FILE is missing (try --config train_configs/debug.toml, or --help)")
     loaded = load_config(arguments.config, arguments.overrides)
     config = loaded.config
     if arguments.print_config:
         print(dump_toml(config), end="")
-        return
+        return 0
     if arguments.dry_run:
         plan(loaded, planned_world_size())
-        return
+        return 0
     with errors_name_the_file(loaded):
         shape, degrees = check(config)
-        losses, steps = _run(config, shape, degrees)
+        stop = StopRequest()
+        stop.install()
+        losses, steps = _run(config, shape, degrees, stop)
+    finished = steps >= config.training.steps
     if os.environ.get("RANK", "0") == "0":
-        print(summary(arguments.config, arguments.overrides, config, steps, losses))
+        text = summary if finished else stopped_summary
+        print(escape_controls(text(arguments.config, arguments.overrides, config, steps, losses)))
+    if finished:
+        return 0
+    # Saved: the same command goes on. Without checkpoints, it is as if the signal had ended it.
+    return os.EX_TEMPFAIL if config.checkpoint.enable else 128 + signal.Signals[stop.name or "SIGTERM"]
 
 
 def check(config: Config) -> tuple[LlamaShape, Degrees]:
@@ -54,16 +72,19 @@ def check(config: Config) -> tuple[LlamaShape, Degrees]:
     if os.environ.get("RANK", "0") == "0":
         _check_run_folder(config)
         _prepare_data(config)
-        _check_data(config, shape)
+        _check_data(config, shape, degrees)
     return shape, degrees
 
 
-def _run(config: Config, shape: LlamaShape, degrees: Degrees) -> tuple[dict[str, float], int]:
+def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest) -> tuple[dict[str, float], int]:
     """Train; the last losses by name, and the step that the run has reached."""
+    # Where a rank is lost, torch's own warnings are pages of stack frames around what we say in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from titanling.trainer import Trainer  # torch takes seconds to import: only now
 
-    trainer = Trainer(config, shape, degrees)
+    trainer: Trainer | None = None
     try:
+        trainer = Trainer(config, shape, degrees, stop)
         if trainer.world.rank == 0:
             # Only now: a run that is refused, because its checkpoint differs say, leaves the earlier config.
             _save_config(config)
@@ -72,11 +93,42 @@ def _run(config: Config, shape: LlamaShape, degrees: Degrees) -> tuple[dict[str,
                 f"this run is complete at step {trainer.step}; extend it with --training.steps {2 * trainer.step}"
             )
         losses = trainer.train()
+        trainer.close()
+    except RuntimeError as error:
+        _end_at_once(error, trainer, config)
     except BaseException:
-        trainer.metrics.close()  # but do not wait for the other ranks, which may never come
+        if trainer is not None:
+            trainer.metrics.close()  # but do not wait for the other ranks, which may never come
+            trainer.world.leave()
         raise
-    trainer.close()
     return losses, trainer.step
+
+
+def _end_at_once(error: RuntimeError, trainer: "Trainer | None", config: Config) -> NoReturn:
+    """Say what has ended the run, and exit: what would be ended in order hangs with the ranks that are lost.
+
+    Once, and without a traceback, if ranks are lost: it would only show where the others waited for them.
+    """
+    from titanling.parallel.roll_call import RanksLost
+
+    own, size = int(os.environ.get("RANK", "0")), world_size()
+    if trainer is not None:
+        trainer.metrics.close()
+    if not isinstance(error, RanksLost):
+        traceback.print_exception(error)
+    elif own == min(set(range(size)) - set(error.ranks)):
+        when = f"after step {trainer.step}" if trainer is not None else "before the first step"
+        goes_on = " The same command goes on from the last checkpoint" if config.checkpoint.enable else ""
+        print(
+            f"error: {when}, {error}, of {size} (killed, suspended or cut off); look at that process's messages and"
+            f" node.{goes_on}",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if trainer is not None and not isinstance(error, RanksLost):
+        trainer.world.leave()
+    os._exit(1)
 
 
 def _check_run_folder(config: Config) -> None:
@@ -86,45 +138,51 @@ def _check_run_folder(config: Config) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "is not writable" if there.is_dir() else "is not a folder"
         raise UserError(f'job.dump_folder = "{config.job.dump_folder}": {there} {why}; set another folder')
+    if config.checkpoint.enable:
+        try:
+            open_root(folder, config.checkpoint.folder)
+        except UserError as error:
+            raise UserError(f"checkpoint.folder = {error}") from None
 
 
 def _save_config(config: Config) -> None:
     path = Path(config.job.dump_folder) / "config.toml"
-    partial = path.with_suffix(".toml.partial")
+    partial, content = path.with_suffix(".toml.partial"), dump_toml(config).encode()
     try:
-        partial.write_text(dump_toml(config), encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or mend permissions") from None
+        room = f": {shortage(path, len(content))}" if error.errno in FULL else ""
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}{room}; free some space or mend permissions"
+        ) from None
 
 
 def _prepare_data(config: Config) -> None:
     data, tokenizer = config.data, config.model.hf_assets_path
     if data.train and data.prepare.text and tokenizer:
         if not all(Path(f"{prefix}.json").exists() for prefix in (data.train, data.validation) if prefix):
-            print(f"preparing {' '.join(data.prepare.text)} as {data.train} (once)", flush=True)
+            print(escape_controls(f"preparing {' '.join(data.prepare.text)} as {data.train} (once)"), flush=True)
         for line in prepare(data.prepare, data.train, data.validation, tokenizer):
-            print(line, flush=True)
+            print(escape_controls(line), flush=True)
 
 
-def _check_data(config: Config, shape: LlamaShape) -> None:
+def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
     tokenizer, data = config.model.hf_assets_path, config.data
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
         raise UserError(f'model.hf_assets_path = "{tokenizer}": has no tokenizer.json; correct it or remove it')
     expected = file_sha256(f"{tokenizer}/tokenizer.json") if tokenizer is not None else None
-    used = [(data.train, "training.seq_len", config.training.seq_len)]
-    if config.validation.enable:
-        key = "validation.seq_len" if config.validation.seq_len else "training.seq_len"
-        used.append((data.validation, key, config.validation.seq_len or config.training.seq_len))
-    for prefix, key, seq_len in used:
-        assert prefix is not None  # check_runnable saw to it
-        tokens = check_dataset(prefix, shape.vocab_size, expected).tokens
-        if tokens <= seq_len:
-            raise UserError(
-                f"{key} = {seq_len}: {prefix}.bin holds only {tokens} tokens, and one sequence needs {seq_len + 1};"
-                " give more text or a smaller seq_len"
-            )
+    training, validation = config.training, config.validation
+    check_sources(data, shape.vocab_size, expected, training.seq_len)
+    sequences = sequences_per_step(training, degrees.dp)
+    source = open_sources(data, training.seq_len, config.debug.seed, sequences)
+    check_epochs(data, source, training.steps, sequences)
+    if validation.enable:
+        assert data.validation is not None  # check_runnable saw to it
+        tokens = check_dataset(data.validation, shape.vocab_size, expected).tokens
+        key = "validation.seq_len" if validation.seq_len else "training.seq_len"
+        check_length(data.validation, tokens, key, validation.seq_len or training.seq_len)
 
 
 if __name__ == "__main__":

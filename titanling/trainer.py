@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from titanling import __version__
 from titanling.checkpoint.checkpointer import Checkpointer
+from titanling.checkpoint.initial import load_initial
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
+from titanling.data.documents import separate_documents
 from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.loader import build_loader, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
+from titanling.data.sources import check_epochs, describe, identity, open_sources
+from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
 from titanling.model.generate import generate
@@ -25,20 +30,24 @@ from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
 from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
 from titanling.parallel.compile import uncompiled
-from titanling.parallel.degrees import Degrees, accumulation_steps
+from titanling.parallel.degrees import Degrees, accumulation_steps, sequences_per_step
 from titanling.parallel.lay_out import build_plans, lay_out
-from titanling.parallel.mesh import local_device, start_world, stop_world
+from titanling.parallel.mesh import limit_collectives, local_device, start_world, stop_world
 from titanling.parallel.plan import active
 from titanling.parallel.runner import Batch
 from titanling.parallel.weights import global_norm
 from titanling.schedule import lr_factor
+from titanling.stop import StopRequest
 
 
 class Trainer:
     """One run. Build it on every rank, then call `train`, then `close`."""
 
-    def __init__(self, config: Config, shape: LlamaShape, degrees: Degrees) -> None:
+    def __init__(self, config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest | None = None) -> None:
+        """`stop` is asked after every step whether to end the run there."""
         self.config, self.shape = config, shape
+        self.stop, self.stopped = stop or StopRequest(), False
+        self.interrupted = False  # whether an earlier part of the run was stopped after this step
         self.run_folder = Path(config.job.dump_folder)
         if config.debug.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -51,22 +60,26 @@ class Trainer:
             config.compile,
             config.model,
             config.quantize,
+            config.kernels,
             shape=shape,
             degrees=degrees,
             device=device,
         )
         self.world = start_world(degrees, config.comm, device)
         self.accumulation = accumulation_steps(config.training, degrees.dp)
-        self.sequences = config.training.local_batch_size * degrees.dp * self.accumulation
+        self.sequences = sequences_per_step(config.training, degrees.dp)
         self.step = self.tokens_seen = 0
         self.losses: dict[str, float] = {}
+        self.best: dict[str, float] | None = None  # step and val_loss of the best validation
         self.skipped_steps = torch.zeros((), device=self.world.device)
-        self._build_model()
-        self._build_data()
-        self._build_metrics()
-        self.checkpointer = Checkpointer(config.checkpoint, self.run_folder, self.world)
-        self._describe()
-        self._resume()
+        with self.world.naming_the_lost():
+            self._build_model()
+            self._build_data()
+            self._build_metrics()
+            say, warn = self.metrics.info, self.metrics.warn
+            self.checkpointer = Checkpointer(config.checkpoint, self.run_folder, self.world, say, warn)
+            self._describe()
+            self._resume()
 
     def _build_model(self) -> None:
         training = self.config.training
@@ -79,27 +92,20 @@ class Trainer:
 
     def _build_data(self) -> None:
         training, seed = self.config.training, self.config.debug.seed
-        train, validation = self.config.data.train, self.config.data.validation
-        assert train is not None  # check_runnable saw to it
+        data, validation = self.config.data, self.config.data.validation
+        self.source = open_sources(data, training.seq_len, seed, self.sequences)
         self.loader = build_loader(
-            IndexedDataset(train),
-            training.seq_len,
-            seed,
-            training.local_batch_size,
-            dp_rank=self.world.dp_rank,
-            dp_world=self.world.degrees.dp,
+            self.source, training.local_batch_size, dp_rank=self.world.dp_rank, dp_world=self.world.degrees.dp
         )
         self.batches = iter(self.loader)
-        sidecar = read_sidecar(train)
-        self.data_identity = {
-            "bin_sha256": sidecar.bin_sha256,
-            "idx_sha256": sidecar.idx_sha256,
-            "seq_len": training.seq_len,
-            "seed": seed,
-        }
+        self.data_identity = identity(self.source)
+        masked = data.document_mask != "none"
+        # None: documents are not told apart.
+        self.eod_id = read_sidecar(self.source.sources[0].datasets[0].prefix).eod_id if masked else None
         if self.config.validation.enable and validation is not None:
             self.validation_set = IndexedDataset(validation)
             held_out = read_sidecar(validation)
+            self.validation_eod_id = held_out.eod_id if masked else None
             self.bytes_per_token = held_out.utf8_bytes / held_out.tokens
         assets = self.config.model.hf_assets_path
         self.tokenizer = load_tokenizer(assets) if self.config.sampling.freq and assets else None
@@ -131,59 +137,104 @@ class Trainer:
             f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
             f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
         )
+        for line in describe(self.source, training.steps, self.sequences):
+            say(line)
+        for line in check_epochs(self.config.data, self.source, training.steps, self.sequences):
+            say(f"data: {line}")
         say(f"device: {world.device.type}")
         for plan in active(self.plans, world):
             say(f"{plan.name}: {plan.describe()}")
 
     def _resume(self) -> None:
-        path = self.checkpointer.newest()
-        if path is None:
-            self.metrics.resume_at(0)
-            return
-        self.checkpointer.verify(path)
-        state, changes = check_resumable(
-            path, asdict(self.shape), self.data_identity, self.config.model_dump(mode="json")
+        """Go on from the run's own newest checkpoint, else start from initial_load_path, else from nothing."""
+        tensors, config = self._tensors(), self.config.model_dump(mode="json")
+        restored = self.checkpointer.restore(
+            *tensors,
+            self.config.training.steps,
+            lambda path, state: check_resumable(path, state, asdict(self.shape), self.data_identity, config),
         )
-        self.checkpointer.load(path, *self._tensors())
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        changes += [f"set the later {later} aside" for later in self.checkpointer.supersede(self.step)]
-        self.skipped_steps.fill_(state["skipped_steps"])
-        self.scaler.load(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
-        self.batches = iter(self.loader)
-        self.metrics.resume_at(self.step)
-        self.metrics.info(f"resumed from {path}" + "".join(f"; {change}" for change in changes))
+        restored = restored or load_initial(
+            self.config.checkpoint, self.shape, self.data_identity, config, *tensors, self.world
+        )
+        if restored is None or not restored.goes_on:
+            self.metrics.resume_at(0)
+        else:
+            state = restored.state
+            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+            self.skipped_steps.fill_(state["skipped_steps"])
+            self.best, self.interrupted = state["best"], state["interrupted"]
+            try:
+                self.scaler.load(state["scaler"])
+                self.loader.load_state_dict(state["loader"])
+                self.batches = iter(self.loader)
+            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+                # What does not come of a run of ours; no damage, which its hash would have shown.
+                raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
+            self.metrics.resume_at(self.step, validated=not self.interrupted)
+        if restored is not None:
+            self.metrics.info("; ".join([restored.what, *restored.remarks]))
 
     def train(self) -> dict[str, float]:
-        """Run to training.steps: train, and where due log, validate, sample and save. Returns the last losses."""
+        """Run to training.steps: train, and where due log, validate, sample and save. Returns the last losses.
+
+        Ends earlier, after a save, and sets `stopped` if the stop request of any rank says so. Raises UserError if the
+        last save has failed.
+        """
         config = self.config
         self.throughput = Throughput(torch.cuda.synchronize if self.world.device.type == "cuda" else None)
         gc.disable()  # a collection that strikes ranks at different steps makes them wait for each other
-        with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
-            while self.step < config.training.steps:
-                loss, grad_norm, lr = self.train_step()
-                self.throughput.step(self.sequences * config.training.seq_len)
-                last = self.step == config.training.steps
-                if last or self.step % config.metrics.log_freq == 0 or self.step == 1:
-                    self._log(loss, grad_norm, lr)
-                self._between_steps(last)
-                profiler.step()
+        with self.world.naming_the_lost():
+            (self.stopped,) = self.world.any(self.stop.requested)
+            if self.interrupted and not self.stopped:
+                self._make_up()
+            with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
+                self._take_steps(profiler.step)
+            self.checkpointer.finish()
         return self.losses
 
+    def _take_steps(self, tell_profiler: Callable[[], None]) -> None:
+        config, start = self.config, self.step
+        while self.step < config.training.steps and not self.stopped:
+            loss, grad_norm, lr = self.train_step()
+            if self.step == start + 1:  # compiled, connected: from now on, who is late is lost
+                limit_collectives(self.world, config.comm.train_timeout_seconds)
+            self.throughput.step(self.sequences * config.training.seq_len)
+            last = self.step == config.training.steps
+            if last or self.step % config.metrics.log_freq == 0 or self.step == 1:
+                self._log(loss, grad_norm, lr)
+            self._between_steps(last)
+            tell_profiler()
+
     def _between_steps(self, last: bool) -> None:
-        config, step = self.config, self.step
+        self.checkpointer.poll()
+        self.stopped, overdue = self.world.any(self.stop.requested, self.checkpointer.overdue())
+        best = self._look(last)
+        if self.checkpointer.due(self.step, last, overdue or self.stopped or best):
+            with self.throughput.paused():
+                self.save(last)
+        if self.step % self.config.training.gc_freq == 0:
+            gc.collect(1)
+
+    def _look(self, last: bool) -> bool:
+        """Validate and sample where due, unless stopped. Whether that made this the best step, to be kept."""
+        config, step, best = self.config, self.step, self.best
         # paused() waits for the device, so it is entered only where something is due.
-        if config.validation.enable and (last or step % config.validation.freq == 0):
+        if config.validation.enable and (last or step % config.validation.freq == 0) and not self.stopped:
             with self.throughput.paused():
                 self.evaluate()
-        if config.sampling.freq and (last or step % config.sampling.freq == 0):
+        if config.sampling.freq and (last or step % config.sampling.freq == 0) and not self.stopped:
             with self.throughput.paused():
                 self.sample()
-        if self.checkpointer.due(step, last):
-            with self.throughput.paused():
-                self.save()
-        if step % config.training.gc_freq == 0:
-            gc.collect(1)
+        return config.checkpoint.keep_best and self.best != best
+
+    def _make_up(self) -> None:
+        """Look at the step after which the run was stopped, for there was no time then.
+
+        Its checkpoint stays as it is, for to write it again would put it at risk; the next one knows of the best.
+        """
+        last = self.step == self.config.training.steps
+        if self._look(last) and not last and not self.checkpointer.has(self.step):
+            self.save()
 
     def train_step(self) -> tuple[Tensor, Tensor, float]:
         """One optimizer step over the global batch.
@@ -200,7 +251,8 @@ class Trainer:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
-        batches = [self._to_device(next(self.batches)) for _ in range(self.accumulation)]
+        read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
+        batches = list(map(self._to_device, read))
         valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
         targets = self.world.sum_(valid) // (self.world.size // self.world.degrees.dp)
@@ -223,13 +275,19 @@ class Trainer:
         batches = validation_batches(
             self.validation_set, seq_len, settings.local_batch_size, settings.steps, world.dp_rank, world.degrees.dp
         )
+        batches = (separate_documents(batch, self.validation_eod_id) for batch in batches)
         alike = world.size // world.degrees.dp  # ranks that share their sequences
         with self.runner.evaluation():
             for batch in map(self._to_device, batches):
+                (self.stopped,) = self.world.any(self.stop.requested)
+                if self.stopped:  # the time that is left belongs to the checkpoint
+                    return
                 totals[0] += self.runner.loss_sum(batch)
                 totals[1] += (batch["labels"] != IGNORE_INDEX).sum() / alike
         loss_sum, tokens = self.world.sum_(totals).tolist()
         loss = self.losses["validation loss"] = loss_sum / tokens
+        if math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"]):
+            self.best = {"step": self.step, "val_loss": loss}
         self.metrics.log_validation(
             {
                 "step": self.step,
@@ -257,21 +315,22 @@ class Trainer:
                 )
             self.metrics.log_text(self.step, "sample", prompt + files.tokenizer.decode(new))
 
-    def save(self) -> None:
-        """Write the checkpoint of this step."""
+    def save(self, last: bool = False) -> None:
+        """Save a checkpoint of this step; `last`: of the whole run."""
         state: dict[str, Any] = {
             "format": 1,
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps.item(),
+            "best": self.best,
+            "interrupted": self.stopped,
             "scaler": self.scaler.state(),
             "loader": self.loader.state_dict(),
             "data": self.data_identity,
             "model": asdict(self.shape),
             "config": self.config.model_dump(mode="json"),
         }
-        path = self.checkpointer.save(self.step, *self._tensors(), state)
-        self.metrics.info(f"saved {path}")
+        self.checkpointer.save(self.step, *self._tensors(), state, last, ending=self.stopped)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint holds of the model and of the optimizer, by name: the live tensors, not copies."""
@@ -283,7 +342,8 @@ class Trainer:
         """Flush the metrics and leave the process group."""
         gc.enable()
         self.metrics.close()
-        stop_world(self.world)
+        with self.world.naming_the_lost():
+            stop_world(self.world)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         mean_loss = self.losses["training loss"] = self.world.sum_(loss).item()

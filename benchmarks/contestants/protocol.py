@@ -1,4 +1,4 @@
-"""What the contestants share: the measured cells and sizes, and how a contestant is driven. Standard library only.
+"""What the contestants share: what is measured, and how a contestant is driven. Standard library only.
 
 A contestant is a program that builds its trainer, does a few warm-up steps, prints one JSON line that describes it,
 and then waits: each line on stdin holds a number of steps, which it runs and answers with one JSON line. So several can
@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 LR, BETAS, WEIGHT_DECAY, MAX_NORM = 3e-4, (0.9, 0.95), 0.1, 1.0
 
@@ -81,6 +82,40 @@ CELLS = {
     for precision in ("fp32", "bf16-autocast", "bf16-parameters")
     for mode in ("eager", "compiled")
 }
+
+
+@dataclass(frozen=True)
+class GpuJob:
+    """One configuration of train_gpu.py, for one process, which answers with a file: titanling_gpu.py."""
+
+    flavor: str
+    implementation: str
+    device: str
+    steps: int
+    smoke: bool
+    folder: str
+    micro_batch: int = 0
+    """Sequences; 0: as many as the planner expects to fit."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.flavor}, {self.implementation}"
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return 64 if self.smoke else 2048
+
+    @property
+    def sequences(self) -> int:
+        """Of a step."""
+        return 4 if self.smoke else 16
+
+    @property
+    def answer(self) -> Path:
+        """Where the process leaves its results, as JSON."""
+        return Path(self.folder) / "answer.json"
 
 
 class Session:

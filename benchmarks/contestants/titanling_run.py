@@ -5,13 +5,12 @@ import json
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from protocol import BETAS, LR, MAX_NORM, WEIGHT_DECAY, Cell, Session, Sizes
+from random_tokens import write_tokens
 
 from titanling import __version__
 from titanling.config import load_config
-from titanling.data.indexed import IndexedWriter, write_sidecar
 from titanling.model.presets import resolve_shape
 from titanling.parallel.degrees import Degrees
 from titanling.parallel.precision import compute_dtype
@@ -25,14 +24,6 @@ PRECISIONS = {
     "bf16-autocast": {"mixed_precision_param": "bfloat16"},
     "bf16-parameters": {"dtype": "bfloat16", "mixed_precision_param": "bfloat16"},
 }
-
-
-def write_data(prefix: Path, sizes: Sizes) -> None:
-    """Random tokens as token files."""
-    ids = np.random.default_rng(0).integers(0, sizes.vocab_size, DATA_STEPS * sizes.tokens)
-    with IndexedWriter(str(prefix), sizes.vocab_size) as writer:
-        writer.add_document(ids)
-    write_sidecar(str(prefix), writer.sidecar("none", eod_id=0, utf8_bytes=len(ids), source="random tokens"))
 
 
 def config_text(folder: Path, cell: Cell, sizes: Sizes, smoke: bool) -> str:
@@ -68,7 +59,7 @@ def main() -> None:
     session = Session(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder / "train", session.sizes)
+        write_tokens(folder / "train", session.sizes.vocab_size, DATA_STEPS * session.sizes.tokens)
         path = folder / "run.toml"
         path.write_text(config_text(folder, session.cell, session.sizes, session.smoke), encoding="utf-8")
         config = load_config(str(path)).config

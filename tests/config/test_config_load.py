@@ -9,7 +9,7 @@ import tomli_w
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from titanling.config.load import dump_toml, known_tables, load_config
+from titanling.config.load import dump_toml, is_repeated, known_tables, load_config
 from titanling.config.schema import Config
 from titanling.errors import UserError
 
@@ -173,6 +173,13 @@ def annotation_of(dotted: str) -> Any:
     return inner[0] if type(None) in get_args(annotation) else annotation
 
 
+def override(dotted: str, value: Any) -> dict[str, Any]:
+    """What sets one key, and in a table that may come several times what else it needs."""
+    table, _, key = dotted.rpartition(".")
+    needed = {"data.sources": {"name": "a", "paths": ["a"]}, "data.stages": {"from_step": 1, "weights": {"a": 1}}}
+    return {table: [needed[table] | {key: value}]} if is_repeated(table) else {dotted: value}
+
+
 def wrong_values(dotted: str) -> list[Any]:
     """Values that TOML can express and the key's type must refuse; among them those that a lax parser would convert."""
     annotation = annotation_of(dotted)
@@ -195,7 +202,7 @@ def wrong_values(dotted: str) -> list[Any]:
 def test_types_are_strict(tmp_path: Path, dotted: str) -> None:
     path = write(tmp_path, "a.toml", "")
     for value in wrong_values(dotted):
-        assert f"command line: {dotted} = " in refusal(path, {dotted: value})
+        assert f"command line: {dotted} = " in refusal(path, override(dotted, value))
 
 
 def beyond(dotted: str) -> list[float]:
@@ -209,7 +216,7 @@ def beyond(dotted: str) -> list[float]:
 def test_bounds(tmp_path: Path, dotted: str) -> None:
     path = write(tmp_path, "a.toml", "")
     for value in beyond(dotted):
-        message = refusal(path, {dotted: value})
+        message = refusal(path, override(dotted, value))
         assert message.startswith(f"command line: {dotted} = {json.dumps(value)}: must be ")
 
 

@@ -20,6 +20,7 @@ from table import MODELS, Case, Settings, mesh, pipeline
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from titanling import cli
 from titanling.model.generate import generate
 from titanling.parallel.compile import uncompiled
 from titanling.trainer import Trainer
@@ -61,7 +62,7 @@ def non_finite(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[st
         before, scale = live_tensors(trainer), trainer.scaler.scale.item()
         loss = trainer.runner.loss
         if RANK == WORLD - 1:
-            trainer.runner.loss = lambda logits, *rest: loss(poisoned(logits), *rest)
+            trainer.runner.loss = lambda given, *rest: loss(poisoned(given), *rest)
         trainer.train_step()
         after, skipped, trainer.runner.loss = live_tensors(trainer), trainer.skipped_steps.item(), loss
         factor = trainer.scaler.scale.item() / scale
@@ -76,16 +77,16 @@ def non_finite(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[st
         return {f"{name}, {dtype}": trainer.world.gather(result)}
 
 
-def poisoned(logits: Tensor) -> Tensor:
-    """The same logits, but one element of their gradient is nan."""
+def poisoned(given: Tensor) -> Tensor:
+    """The same hidden states or logits, but one element of their gradient is nan."""
 
     def poison(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         gradient[0, 0, 0] = float("nan")
         return gradient
 
-    logits.register_hook(poison)
-    return logits
+    given.register_hook(poison)
+    return given
 
 
 def outputs(suite: Suite, layouts: Mapping[str, tuple[str, Settings]]) -> dict[str, Any]:
@@ -120,13 +121,15 @@ def two_ranks(suite: Suite) -> dict[str, Any]:
     """All checks of two ranks."""
     data = {"ddp": ("tied", mesh(2)), "fsdp": ("tied", mesh(1, 2))}
     layouts = data | {"tp": ("tied", mesh(tp=2)), "cp": ("tied", mesh(cp=2)), "pp": ("untied", pipeline())}
+    more = {f"{name}, masked": ("masked", layouts[name][1]) for name in ("cp", "pp")}
+    more |= {"pp, ZBV": ("deep", pipeline("ZBVZeroBubble"))}
     results: dict[str, Any] = {
         "parity": parity(suite, table.two_ranks()),
         "half_precision": {},
         "non_finite": {},
         "checkpoints": {name: checkpoints(suite, name, *layout) for name, layout in layouts.items()},
         "failed_save": failed_save(suite, "fsdp", *layouts["fsdp"]) | failed_save(suite, "pp", *layouts["pp"]),
-        "outputs": outputs(suite, layouts | {"pp, ZBV": ("deep", pipeline("ZBVZeroBubble"))}),
+        "outputs": outputs(suite, layouts | more),
     }
     for name, (_, layout) in layouts.items():
         for dtype in ("bfloat16", "float16"):
@@ -161,4 +164,4 @@ GROUPS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(GROUPS[sys.argv[1]])
+    cli.run(lambda: main(GROUPS[sys.argv[1]]))

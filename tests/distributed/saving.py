@@ -7,8 +7,8 @@ from typing import Any
 from runs import Tensors, differing, live_tensors
 from suite import RANK, WORLD, Suite, alone
 from table import MODELS, Settings, mesh, pipeline
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from titanling.checkpoint import saving
 from titanling.errors import UserError
 from titanling.trainer import Trainer
 
@@ -96,25 +96,27 @@ def step(trainer: Trainer) -> float:
 
 
 def failed_save(suite: Suite, name: str, model: str, layout: Settings) -> dict[str, Any]:
-    """The disk of the last rank fills up while a checkpoint is saved again: what each rank is told, what is left."""
+    """The disk of the last rank fills up while a checkpoint is saved again: what is said, what is left."""
     settings = MODELS[model] | {"training.steps": 2, "training.global_batch_size": 8}
     with suite.trainer(settings, layout, run=f"{name}-full") as trainer:
         trainer.train()
         before = (trainer.checkpointer.root / "step-000002" / "manifest.json").read_bytes()
-        write = HuggingFaceStorageWriter.write_data
+        write = saving.write_tensors
         if RANK == WORLD - 1:
-            HuggingFaceStorageWriter.write_data = full_disk
+            saving.write_tensors = full_disk
         said = ""
+        trainer.save()
         try:
-            trainer.save()
+            trainer.checkpointer.finish()
         except UserError as error:
             said = str(error)
-        HuggingFaceStorageWriter.write_data = write
+        saving.write_tensors = write
         trainer.world.gather(None)  # rank 0 has tidied up
         left = sorted(path.name for path in trainer.checkpointer.root.iterdir())
         unchanged = (trainer.checkpointer.root / "step-000002" / "manifest.json").read_bytes() == before
         saved = trainer.world.gather({"said": said, "left": left, "unchanged": unchanged})
         trainer.save()  # the ranks are still in step
+        trainer.checkpointer.finish()
         return {name: saved}
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from helpers import TinyData
 from runs import Tensors, differing, full, live_tensors, of_all_stages, open_trainer
 from table import GLOBAL_BATCH, MODELS
@@ -38,6 +39,8 @@ class Suite:
 
     def __init__(self, folder: Path, data: TinyData) -> None:
         self.folder, self.data = folder, data
+        # The documents of the tiny data are longer than its sequences: where they are masked, this one closes them.
+        self.eod_id = int(np.bincount(np.fromfile(f"{data.train}.bin", np.uint16)).argmax())
         self.references: dict[str, Run] = {}
         self.groups = self.runs = 0
         self.first_port = int(os.environ["MASTER_PORT"])
@@ -56,6 +59,8 @@ class Suite:
             merged |= change
         # The TOML is each rank's own, so that none reads it while another writes it.
         with open_trainer(self.folder / f"rank{RANK}", self.data, merged) as trainer:
+            if trainer.eod_id is not None:
+                trainer.eod_id = trainer.validation_eod_id = self.eod_id
             yield trainer
 
     def run(self, *changes: Mapping[str, Any]) -> Run:

@@ -21,6 +21,12 @@ MODELS: dict[str, Settings] = {
     },
     # Stages of unequal length: the embedding and the head count as a layer each.
     "deep": {"model.vocab_size": 323, "model.n_layers": 6, "model.tie_embeddings": False, "model.qk_norm": True},
+    "masked": {
+        "model.vocab_size": 323,
+        "model.n_layers": 4,
+        "model.tie_embeddings": False,
+        "data.document_mask": "causal",
+    },
     # As many rows as make Inductor split its reductions (pytorch #193061 lost gradients there).
     "wide": {"model.dim": 128, "model.qk_norm": True, "model.tie_embeddings": True, "training.seq_len": 256},
 }
@@ -88,6 +94,10 @@ def two_ranks() -> dict[str, Case]:
         "tp, untied, whole logits": Case("untied", mesh(tp=2, **whole), accumulation=2),
         "pp, one sequence each": Case("untied", mesh(pp=2)),
     }
+    for name in ("fsdp", "tp", "cp", "pp"):
+        cases[f"{name}, masked"] = Case("masked", alone[name], "op", accumulation=2)
+    layers = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
+    cases["pp, ZBVZeroBubble, masked"] = Case("masked", pipeline("ZBVZeroBubble", **layers))
     for index, schedule in enumerate(SCHEDULES):
         recomputed = ("", "2", "full", "op")[index % 4]
         model = "untied" if schedule in ONE_STAGE_PER_RANK else "deep"
@@ -116,6 +126,8 @@ def four_ranks() -> dict[str, Case]:
         "pp2 x tp2": Case("untied", pipeline(tp=2), "full"),
         "pp2 x cp2": Case("untied", pipeline(cp=2), "op"),
         "pp2 x fsdp2, ZBVZeroBubble": Case("deep", pipeline("ZBVZeroBubble", shard=2)),
+        "cp2 x tp2, masked": Case("masked", mesh(cp=2, tp=2), "full"),
+        "pp2 x cp2, masked": Case("masked", pipeline(cp=2)),
         "pp4": Case("deep", pipeline(pp=4), "full"),
     }
 
@@ -128,6 +140,8 @@ def compiled_two() -> dict[str, Case]:
         "tp full, compiled": Case("deep", mesh(tp=2), "full", compiled=True),
         "cp, compiled": Case("deep", mesh(cp=2), compiled=True),
         "pp, compiled": Case("deep", pipeline(), "full", compiled=True),
+        "cp, masked, compiled": Case("masked", mesh(cp=2), "op", compiled=True),
+        "pp, masked, compiled": Case("masked", pipeline(), compiled=True),
         # The budget is the process's: behind it, nothing is compiled without.
         "tp budget, compiled": Case("deep", mesh(tp=2), "budget", compiled=True),
     }
@@ -135,4 +149,7 @@ def compiled_two() -> dict[str, Case]:
 
 def compiled_four() -> dict[str, Case]:
     """DTensors of two meshes at once."""
-    return {"fsdp2 x tp2 op, compiled": Case("deep", mesh(1, 2, tp=2), "op", compiled=True)}
+    return {
+        "fsdp2 x tp2 op, compiled": Case("deep", mesh(1, 2, tp=2), "op", compiled=True),
+        "fsdp2 x tp2, masked, compiled": Case("masked", mesh(1, 2, tp=2), compiled=True),
+    }

@@ -228,6 +228,7 @@ def test_node_1_never_starts(nodes: list[Node], impatient: Path) -> None:
     assert f"rank 1 (NODE_RANK 1) of 2 did not come to {nodes[0].address}:{port} within 3 s" in error
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_several_ranks_say_it_once(nodes: list[Node], tmp_path: Path, tiny_data: TinyData) -> None:
     settings = {"comm.init_timeout_seconds": 10, "training.local_batch_size": 1}  # time to start for two of them
@@ -269,6 +270,39 @@ def test_a_node_rank_given_twice(nodes: list[Node], tmp_path: Path, tiny_data: T
     errors = [error_of(node) for node in ended]
     assert "rank 2 (NODE_RANK 2) of 3 did not come" in errors[0]
     assert sum(f"rank 1 is at {nodes[0].address}:{port} already" in error for error in errors) == 1
+
+
+@contextmanager
+def firewall(node: Node) -> Iterator[None]:
+    """Let nothing from a node reach the ports that the kernel gives to whoever asks for any, such as gloo's."""
+    rule = ["ipproto", "tcp", "dport", "32768-60999", "blackhole"]
+    if not node.enter or subprocess.run([*node.enter, "ip", "rule", "add", *rule], capture_output=True).returncode:
+        pytest.skip("needs a network namespace with rules of its own")
+    try:
+        yield
+    finally:
+        subprocess.run([*node.enter, "ip", "rule", "del", *rule], check=True)
+
+
+def assert_cannot_connect(nodes: list[Node], config: Path, says: str, **variables: str) -> None:
+    """Both nodes end with one line of ours that says so."""
+    common = {"NNODES": "2", "NGPU": "1", "MASTER_ADDR": nodes[0].address, "MASTER_PORT": "29417"} | variables
+    ended = run(*(script(node, "--config", config, NODE_RANK=str(i), **common) for i, node in enumerate(nodes)))
+    for rank, node in enumerate(ended):
+        assert node.code == 2 and "Traceback" not in node.error, node
+        [line] = [line for line in node.error.splitlines() if line.startswith("error")]
+        assert f'GLOO_SOCKET_IFNAME: rank {rank}, with interface "' in line and says in line
+        assert f"met at {nodes[0].address}:29417 but cannot connect to one another" in line
+        assert "lo 127.0.0.1" in line and "let the firewall between the nodes pass all TCP ports" in line
+
+
+def test_an_interface_that_there_is_not(nodes: list[Node], impatient: Path) -> None:
+    assert_cannot_connect(nodes, impatient, 'with interface "none0"', GLOO_SOCKET_IFNAME="none0")
+
+
+def test_a_firewall_between_the_nodes(nodes: list[Node], impatient: Path) -> None:
+    with firewall(nodes[1]):
+        assert_cannot_connect(nodes, impatient, 'with interface "cable')
 
 
 def test_the_users_network_interface_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Lines, metrics.jsonl, TensorBoard and W&B, as a user meets them."""
 
+import errno
 import json
 import math
 import os
@@ -264,6 +265,29 @@ def test_failed_rewrite_is_the_users_error_and_loses_nothing(tmp_path: Path) -> 
     with pytest.raises(UserError, match="metrics.jsonl: cannot be rewritten"):
         make(tmp_path).resume_at(0)
     assert rows(tmp_path) == [{"step": 10}]
+
+
+def test_a_full_disk_keeps_no_half_of_a_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = JsonLines(tmp_path / "rows.jsonl")
+    for step in (1, 2):
+        file.append({"step": step})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.drop_after(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_validation_of_the_last_step_can_go_alone(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for row in ({"step": 1, "val_loss": 5}, {"step": 2}, {"step": 2, "val_loss": 4}, {"step": 3}):
+        file.append(row)
+    assert file.drop_after(2, validated=False) == 0
+    assert rows(tmp_path) == [{"step": 1, "val_loss": 5}, {"step": 2}]
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

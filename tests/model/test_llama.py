@@ -225,6 +225,11 @@ def test_a_cache_is_not_extended_by_several_tokens(shape: LlamaShape) -> None:
         model(ids[:, 4:], cache=cache)
 
 
+def test_a_loss_gets_what_the_logits_are_made_of(shape: LlamaShape) -> None:
+    model, ids = random_model(shape), random_ids(shape, 2, 7)
+    assert torch.equal(model(ids, loss=torch.nn.functional.linear), model(ids))
+
+
 def test_tied_embeddings_are_one_parameter() -> None:
     tied, untied = random_model(SHAPES["gqa3_tied"]), random_model(SHAPES["untied"])
     assert "lm_head.weight" not in tied.state_dict()

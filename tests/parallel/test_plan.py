@@ -101,6 +101,39 @@ def test_plans_that_are_not_there(reference: str, says: str) -> None:
     assert str(caught.value).startswith(f'parallelism.plans = "{reference}": ')
 
 
+WHOLE = 'def apply(self, model, world): ...\n    def describe(self): return ""\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (f"class Mine(Plan):\n    {WHOLE}", 'Mine has no name; write name = "…" in the class'),
+        (f"class Mine(Plan):\n    name = 3\n    {WHOLE}", "Mine has no name"),
+        ('class Mine(Plan):\n    name = "mine"\n', "Mine has no method apply; docs/parallelism.md shows a whole plan"),
+        (f'class Mine(Plan):\n    name = "mine"\n    needs = "tp"\n    {WHOLE}', "Mine.needs = 'tp' is not a tuple of"),
+        (f'class Mine(Plan):\n    name = "mine"\n    needs = ("tq",)\n    {WHOLE}', "some of ('pp', 'dp_replicate',"),
+        (
+            "class Mine(Plan):\n    def __init__(self, ratio): ...\n",
+            "without arguments: TypeError: Mine.__init__() missing 1",
+        ),
+        ("class Mine(Plan):\n    def __init__(self):\n        1 / 0\n", "ZeroDivisionError: division by zero (line 4)"),
+        (
+            "import no_such_module\n",
+            "mine.py cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("\n1 / 0\n", "mine.py cannot be imported: ZeroDivisionError: division by zero (line 3)"),
+        ("class Mine(Plan:\n", "mine.py cannot be imported: SyntaxError: "),
+    ],
+)
+def test_plans_that_do_not_work(tmp_path: Path, code: str, says: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"from titanling.parallel.plan import Plan\n{code}", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        plan.load_plan(f"{path}:Mine")
+    assert str(caught.value).startswith(f'parallelism.plans = "{path}:Mine": ')
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [

@@ -10,8 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titanling.config.schema import ActivationCheckpoint, Compile, Model, Parallelism, Quantize, Training
+from titanling.config.schema import ActivationCheckpoint, Compile, Kernels, Model, Parallelism, Quantize, Training
 from titanling.model.layout import ModelLayout
+from titanling.model.llama import HeadLoss
 from titanling.model.presets import LlamaShape
 from titanling.parallel import plan
 from titanling.parallel.degrees import Degrees
@@ -76,11 +77,12 @@ class Other(nn.Module):
         self.h = nn.ModuleDict({str(i): Layer() for i in range(4)})
         self.ln_f, self.out = nn.RMSNorm(16), nn.Linear(16, 50, bias=False)
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, loss: HeadLoss | None = None) -> Tensor:
         x = self.drop(self.wte(ids))
         for layer in self.h.values():
             x = layer(x)
-        return self.out(self.ln_f(x))
+        hidden = self.ln_f(x)
+        return self.out(hidden) if loss is None else loss(hidden, self.out.weight)
 
 
 @pytest.fixture
@@ -106,12 +108,13 @@ def test_every_plan_applies_by_the_table_alone(world: World) -> None:
         Compile(enable=True),
         Model(),
         Quantize(),
+        Kernels(),
         shape=SHAPE,
         degrees=world.degrees,
         device=world.device,
     )
     assert [p.name for p in plan.active(plans, world)] == [
-        *("tensor", "context", "pipeline", "precision", "activation_checkpoint", "compile", "data")
+        *("kernels", "tensor", "context", "pipeline", "precision", "activation_checkpoint", "compile", "data")
     ]
     with torch.device("meta"):
         model = Other()

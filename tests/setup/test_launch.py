@@ -139,7 +139,7 @@ def test_hanging_process_is_killed(module: Write) -> None:
     source = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ONE_FAILS.format(failure="time.sleep(1); sys.exit(3)")
     started = time.monotonic()
     assert launch(module("import signal\n" + source)).returncode == 3
-    assert time.monotonic() - started > 10
+    assert time.monotonic() - started > 1.7  # it had a moment
 
 
 def test_killed_launcher_leaves_no_process(module: Write) -> None:

@@ -115,11 +115,13 @@ def test_test_command(torch_machine: Any) -> None:
     for name, version in torch_machine.test_requirements.items():
         torch_machine.install(name, version)
     (torch_machine.site / "pytest.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:])")
-    assert torch_machine.run("scripts/test.sh", "a", "b c").stdout == f"{torch_machine.root} ['a', 'b c']\n"
+    assert torch_machine.run("scripts/test.sh", "a", "b c").stdout == (
+        f"{torch_machine.root} ['-n', '2', '--dist', 'loadscope', 'a', 'b c']\n"
+    )
 
 
 def test_scripts_parse() -> None:
     root = Path(__file__).parents[2]
-    for script in ("run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", ".ci/run"):
+    for script in ("run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", "scripts/gpu_check.sh", ".ci/run"):
         assert subprocess.run(["bash", "-n", root / script]).returncode == 0
         assert (root / script).stat().st_mode & 0o111

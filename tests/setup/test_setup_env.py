@@ -87,6 +87,62 @@ def test_torch_is_never_replaced(torch_machine: Any) -> None:
     assert installed(torch_machine, "torch") == ["torch-2.13.0.dist-info"]
 
 
+def torch_of(machine: Any, version: str, requires: str | None = None) -> None:
+    """Exchange the active environment's torch."""
+    machine.uninstall("torch")
+    machine.install("torch", version)
+    if requires:
+        with open(machine.site / f"torch-{version}.dist-info" / "METADATA", "a", encoding="utf-8") as metadata:
+            metadata.write(f"Requires-Dist: {requires}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "requires", "wanted"),
+    [
+        ("2.13.0+cpu", None, True),
+        ("2.13.0", None, True),  # as on PyPI for machines without CUDA
+        ("2.13.0", 'triton==3.7.1; platform_system == "Linux"', False),
+        ("2.13.0", "nvidia-cublas-cu12", False),
+        ("2.13.0+cu130", None, False),
+        ("2.13.1+rocm6.4", "pytorch-triton-rocm==3.7.1", False),
+        ("2.12.0a0+git1234.nv26.01", None, False),
+    ],
+)
+def test_triton_is_only_for_cpu_builds_of_torch(
+    torch_machine: Any, version: str, requires: str | None, wanted: bool
+) -> None:
+    torch_of(torch_machine, version, requires)
+    torch_machine.install_pip()
+    torch_machine.offer(torch_machine.test_requirements)
+    torch_machine.offer({"triton": "3.9"})
+    result = torch_machine.setup("test")
+    assert result.returncode == 0, result.stderr
+    assert installed(torch_machine, "triton") == (["triton-3.6.dist-info"] if wanted else [])
+    assert torch_machine.setup("test", PIP_FIND_LINKS="").stderr == ""
+
+
+@pytest.mark.parametrize("name", ["triton", "pytorch-triton-rocm", "triton-xpu"])
+def test_no_triton_over_another(torch_machine: Any, name: str) -> None:
+    torch_machine.install(name, "3.9")
+    torch_machine.install_pip()
+    torch_machine.offer(torch_machine.test_requirements)
+    result = torch_machine.setup("test")
+    assert result.returncode == 0, result.stderr
+    assert installed(torch_machine, "triton") == (["triton-3.9.dist-info"] if name == "triton" else [])
+
+
+def test_no_triton_over_that_of_a_rocm_torch_in_venv(machine: Any) -> None:
+    machine.offer_everything()
+    (machine.wheels / "torch-2.13.0-py3-none-any.whl").unlink()
+    machine.offer({"torch": "2.13.0+rocm6.4"}, requires="pytorch-triton-rocm")
+    machine.offer({"pytorch-triton-rocm": "3.7.1"})
+    result = machine.setup("test")
+    assert result.returncode == 0, result.stderr
+    packages = [path.name for path in machine.root.glob(".venv/lib/*/site-packages/*.dist-info")]
+    assert "pytest-8.dist-info" in packages and "pytorch_triton_rocm-3.7.1.dist-info" in packages
+    assert not [name for name in packages if name.startswith("triton-")]
+
+
 def test_missing_requirement_without_pip(torch_machine: Any) -> None:
     torch_machine.uninstall("rich")
     assert "no pip: install rich>=13" in one_error(torch_machine.setup())
@@ -189,4 +245,5 @@ def test_requirements_are_all_read() -> None:
         check_env.requirements(["nothing"])
     cases = {"1.26": True, "1.26.4": True, "2.0": True, "1.9": False, "1.25.9": False, None: False}
     assert {version: check_env.satisfied("numpy>=1.26", version) for version in cases} == cases
+    assert check_env.satisfied("triton>=3.6,<3.8; sys_platform == 'linux'", "3.7.1")
     assert check_env.satisfied("ruff==0.17", "0.17.0") and not check_env.satisfied("ruff==0.17.6", "0.17.5")

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 import tomli
 
-from titanling.config.load import COMMAND_LINE, Tree, is_key, known_tables, nearest, unknown_key
+from titanling.config.load import COMMAND_LINE, Tree, is_key, is_repeated, known_tables, nearest, unknown_key
 from titanling.config.torchtitan import is_torchtitan_key
 from titanling.errors import UserError
 
@@ -58,6 +58,8 @@ def _annotation(dotted: str) -> Any:
     if not is_key(dotted):
         raise UserError(f"{COMMAND_LINE}: --{dotted}: {unknown_key(dotted)}")
     table, _, key = dotted.rpartition(".")
+    if is_repeated(table):
+        raise UserError(f"{COMMAND_LINE}: --{dotted}: there may be several [[{table}]]; set it in the file")
     return known_tables()[table].model_fields[key].annotation
 
 

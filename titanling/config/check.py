@@ -37,17 +37,20 @@ def check_runnable(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if config.data.train is None:
+    if config.data.train is None and not config.data.sources:
         if config.training.dataset:
             raise UserError(
                 f'training.dataset = "{config.training.dataset}": streamed datasets are not supported yet;'
                 " set data.train to the prefix of tokenised files (scripts/prepare_data.py makes them)"
             )
         raise UserError(
-            "data.train is not set: give the prefix of tokenised files (scripts/prepare_data.py makes them)"
+            "data.train is not set, nor any [[data.sources]]: give the prefix of tokenised files"
+            " (scripts/prepare_data.py makes them)"
         )
     if config.validation.enable and config.data.validation is None:
         raise UserError("validation.enable = true needs data.validation, the prefix of tokenised files")
+    if config.data.prepare.text and config.data.train is None:
+        raise UserError("data.prepare.text makes data.train, which is not set; prepare each source by itself")
     if config.data.prepare.text and not config.model.hf_assets_path:
         raise UserError(
             "data.prepare.text needs model.hf_assets_path: the folder where the tokenizer is, or will be made"

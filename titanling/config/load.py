@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import tomli
 import tomli_w
@@ -61,12 +61,18 @@ def known_tables() -> dict[str, type[BaseModel]]:
 
     def walk(table: type[BaseModel], prefix: str) -> None:
         for name, field in table.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                tables[prefix + name] = field.annotation
-                walk(field.annotation, f"{prefix}{name}.")
+            inner = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_table(kind)), None)
+            if inner is not None:
+                tables[prefix + name] = inner
+                walk(inner, f"{prefix}{name}.")
 
     walk(Config, "")
     return tables
+
+
+def _is_table(annotation: Any) -> bool:
+    """Whether it is a table's class. That of a list of tables is the list's argument."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -86,6 +92,12 @@ def unknown_key(dotted: str) -> str:
     if homes:
         return f"{key} stands outside of any table; it belongs under [{homes[0]}]"
     return f"unknown table [{table or key}]{nearest(table or key, list(tables)) or HELP_LISTS}"
+
+
+def is_repeated(table: str) -> bool:
+    """Whether a file may hold several of a table, [[table]]."""
+    outer, _, key = table.rpartition(".")
+    return not _is_table((known_tables()[outer] if outer else Config).model_fields[key].annotation)
 
 
 def is_key(dotted: str) -> bool:
@@ -194,6 +206,9 @@ def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str,
         # A check between keys: its message begins with the key at fault.
         culprit = f"{dotted}.{str(context['error']).split()[0]}"
         return f"{_origin(origins, culprit, path)}: {dotted}.{context['error']}"
+    if kind == "missing":
+        table, _, key = dotted.rpartition(".")
+        return f"{where}: a [[{table}]] has no {key}, which it needs"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, [{dotted}]"
     wanted = list(dict.fromkeys(_requirement(each["type"], each.get("ctx", {}), each["msg"]) for each in complaints))

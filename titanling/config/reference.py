@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from titanling.config.load import known_tables
+from titanling.config.load import is_repeated, known_tables
 
 HELP = """\
 usage: python -m titanling.train --config FILE [--table.key value …] [--print-config | --dry-run]
@@ -29,8 +29,9 @@ def help_text() -> str:
     """Every key with its type, default and meaning, as plain text."""
     lines = [HELP]
     for table, keys in _tables():
-        lines.append(f"[{table}] {_doc(known_tables()[table])}")
-        lines += [f"  --{table}.{key}  {kind}, default {default}\n      {doc}" for key, kind, default, doc in keys]
+        lines.append(f"{_header(table)} {_doc(known_tables()[table])}")
+        flag = f"{_header(table)} " if is_repeated(table) else f"--{table}."
+        lines += [f"  {flag}{key}  {kind}, default {default}\n      {doc}" for key, kind, default, doc in keys]
         lines.append("")
     return "\n".join(lines)
 
@@ -49,10 +50,10 @@ def markdown() -> str:
         " wherever the meaning is the same; keys marked *not yet* are understood but accept only their default so far.",
     ]
     for table, keys in _tables():
-        lines += ["", f"## [{table}]", "", _doc(known_tables()[table]), "", "| key | type | default | meaning |"]
+        lines += ["", f"## {_header(table)}", "", _doc(known_tables()[table]), "", "| key | type | default | meaning |"]
         lines.append("|---|---|---|---|")
         for key, kind, default, doc in keys:
-            cells = (f"`{key}`", kind, f"`{default}`" if default != "unset" else default, doc)
+            cells = (f"`{key}`", kind, default if default in ("unset", "required") else f"`{default}`", doc)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -70,6 +71,10 @@ def _tables() -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     return found
 
 
+def _header(table: str) -> str:
+    return f"[[{table}]]" if is_repeated(table) else f"[{table}]"
+
+
 def _doc(table: type) -> str:
     return (table.__doc__ or "").strip()
 
@@ -82,7 +87,9 @@ def _description(field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    return "unset" if value is None or value is PydanticUndefined else json.dumps(value, ensure_ascii=False)
+    if value is PydanticUndefined:
+        return "required"
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _kind(field: FieldInfo) -> str:
@@ -102,6 +109,8 @@ def _type_name(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     inner = [a for a in get_args(annotation) if a is not type(None) and a is not Ellipsis]
+    if get_origin(annotation) is dict:
+        return f"table of names and {_type_name(inner[1])}s"
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(inner[0])}"
     return " or ".join(_type_name(a) for a in inner)

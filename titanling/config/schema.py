@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+
+def _as_tuple(value: Any) -> Any:
+    """TOML has lists; a frozen config wants tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 Text = Annotated[str, Field(min_length=1)]
-# TOML has lists; a frozen config wants tuples.
-Strings = Annotated[tuple[Text, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 SCHEDULE_NAMES = {
     name.lower(): name
@@ -261,21 +266,39 @@ class Checkpoint(Table):
     enable: bool = False
     """Save checkpoints, and resume from the newest one of this run folder."""
     folder: Text = "checkpoints"
-    """Folder of the checkpoints, under the run folder."""
+    """Folder of the checkpoints, under the run folder; or a URL that fsspec knows, such as s3://bucket/run (extra:
+    `remote`)."""
     interval: int = Field(500, ge=1)
     """Steps between checkpoints. The last step is always saved."""
+    interval_minutes: float | None = Field(None, gt=0)
+    """Save also when so many minutes have passed since the last save."""
     keep_latest_k: int = Field(10, ge=0)
-    """Checkpoints kept; 0 keeps all. At least 2, so that one good one is always left."""
+    """Checkpoints kept; 0 keeps all. At least 2, so that one good one is always left. An old one is deleted only after
+    a newer one has been read back from the disk."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are multiples of this are never deleted; 0: none."""
+    keep_best: bool = False
+    """Save also after a validation that is the best so far, and keep that checkpoint beside the latest ones."""
     load_step: int = Field(-1, ge=-1)
-    """Step to resume from; -1: the newest whole one."""
-    initial_load_path: str | None = not_yet(None)
-    """Checkpoint of another run to start from."""
-    last_save_model_only: bool = not_yet(False)
-    """Save only the weights at the last step."""
-    export_dtype: Literal["float16", "bfloat16", "float32"] = not_yet("float32")
+    """Step to resume from; -1: the newest good one."""
+    verify: bool = True
+    """Compare every file with its hash while loading, each rank its share."""
+    fallback: bool = True
+    """Go back to the checkpoint before a damaged one, with a warning. false: refuse, and name what is damaged."""
+    initial_load_path: Text | None = None
+    """Where a run without checkpoints of its own starts from: a step-… folder of another run, or a Hugging Face
+    directory of a Llama or Qwen3 model."""
+    initial_load_model_only: bool = True
+    """Take only the weights from initial_load_path; false: the optimizer, the step and the place in the data too."""
+    initial_load_fresh_schedule: bool = False
+    """With the optimizer of initial_load_path, begin the steps, the schedule and the data anew."""
+    last_save_model_only: bool = False
+    """Save only the weights at the last step, as `export_dtype`. Such a run cannot be extended from its end."""
+    export_dtype: Dtype = "float32"
     """Type of a weights-only last save."""
-    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = not_yet("disabled")
-    """Save in the background."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save in the background: training waits only until its tensors are copied to CPU memory (pinned: faster, on
+    CUDA). Needs room there for this rank's share of the checkpoint."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to find a bad disk early."""
 
@@ -283,6 +306,11 @@ class Checkpoint(Table):
     def _check(self) -> "Checkpoint":
         if self.keep_latest_k == 1:
             raise ValueError("keep_latest_k = 1 would leave nothing to fall back to; use 2 or more, or 0 to keep all")
+        if self.initial_load_fresh_schedule and self.initial_load_model_only:
+            raise ValueError(
+                "initial_load_fresh_schedule = true takes the optimizer; set initial_load_model_only = false"
+                " (weights alone always begin anew)"
+            )
         return self
 
 
@@ -314,11 +342,30 @@ class Compile(Table):
     components: Annotated[
         tuple[Literal["model", "loss"], ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
     ] = ("model", "loss")
-    """"model": each transformer block. "loss" is torchtitan's; ours works in place and gains nothing from it."""
+    """"model": each transformer block. "loss" is torchtitan's; ours gains nothing from it."""
     backend: Text = "inductor"
     """Compiler backend."""
     cache_dir: Text | None = None
     """Folder of the compiled code, kept for the next start; torch's own choice if unset."""
+
+
+Implementation = Literal["auto", "triton", "torch"]
+
+
+class Kernels(Table):
+    """What computes the operations that there are kernels for."""
+
+    implementation: Implementation = "auto"
+    """For all that have no key of their own. "auto": Triton on NVIDIA GPUs from sm_80 on and on AMD gfx90a and gfx942,
+    torch elsewhere; the start of a run says which it is."""
+    rms_norm: Implementation | None = None
+    """For the norms."""
+    swiglu: Implementation | None = None
+    """For the feed-forward's activation."""
+    rope: Implementation | None = None
+    """For the rotation of queries and keys."""
+    linear_cross_entropy: Implementation | None = None
+    """For the loss, which torch computes everywhere, a chunk of logits at a time: "triton" is refused."""
 
 
 class Float8(Table):
@@ -355,8 +402,8 @@ class Comm(Table):
     """auto: NCCL (on ROCm, RCCL) for GPU tensors, gloo for CPU tensors."""
     init_timeout_seconds: int = Field(300, ge=1)
     """How long a collective may wait for other ranks; at start-up, how long preparing data may take."""
-    train_timeout_seconds: int = not_yet(100)
-    """A shorter limit for the collectives after the first step."""
+    train_timeout_seconds: int = Field(100, ge=1)
+    """How long a collective may wait for other ranks after the first step. Then the run ends and names who is lost."""
 
 
 class Validation(Table):
@@ -402,6 +449,39 @@ class Prepare(Table):
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
     validation_fraction: float = Field(0.01, gt=0, lt=1)
     """Share of the documents, chosen by hash of their text, kept for validation."""
+    backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
+    """What encodes the text. "auto": gigatoken, many times faster, if it is installed (extra: `gigatoken`) and gives
+    the ids of tokenizers on a sample of the text; else tokenizers. The files are the same."""
+
+
+class Source(Table):
+    """A source of several that training reads, in proportion to their weights."""
+
+    name: Text
+    """What the stages, the messages and the order of its samples call it. Files may move; a name may not change."""
+    paths: Strings = Field(min_length=1)
+    """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]."""
+    weight: float | None = Field(None, gt=0)
+    """Share of the sequences, in proportion to the others. Unset: read only in stages that name it."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Refuse a run that would read it more often than this. Unset: warn beyond 4."""
+
+
+class Stage(Table):
+    """From a step on, other weights. Each source goes on where it is: no text is left out or comes again."""
+
+    from_step: int | None = Field(None, ge=1)
+    """Steps before it. Needs training.global_batch_size wherever the number of processes may change."""
+    from_tokens: int | None = Field(None, ge=1)
+    """Tokens before it, rounded up to whole sequences; instead of from_step."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Name of a source → weight. Sources that it leaves out are not read in this stage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if (self.from_step is None) == (self.from_tokens is None):
+            raise ValueError("from_step or from_tokens must say where a stage begins, and not both")
+        return self
 
 
 class Data(Table):
@@ -411,8 +491,39 @@ class Data(Table):
     """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json."""
     validation: Text | None = None
     """Prefix of the validation files."""
+    root: Text | None = None
+    """Folder that relative paths of the sources start from; the working directory if unset."""
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = ()
+    """[[data.sources]], instead of data.train"""
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
+    """[[data.stages]]"""
+    document_mask: Literal["none", "causal"] = "none"
+    """Documents that share a sequence: "none" lets tokens see those before them. "causal" treats each as if it were
+    alone, also in validation: attention stays within it, positions restart with it, and its end-of-document token has
+    no label, which would be the next one's first token. (Megatron's --reset-attention-mask, --reset-position-ids and
+    --eod-mask-loss in one; torchtitan keeps that label.)"""
     prepare: Prepare = Prepare()
     """[data.prepare]"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if self.train is not None and self.sources:
+            raise ValueError("train is one source, and data.sources are others; keep one of the two")
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'sources has two named "{name}"; give each its own name')
+        if len(names) > 1 and all(source.weight is None for source in self.sources):
+            raise ValueError("sources has no weight at all; give those one that are read from the beginning")
+        for stage in self.stages:
+            for name in stage.weights:
+                if name not in names:
+                    raise ValueError(f'stages gives a weight to "{name}", which no [[data.sources]] is named')
+        for kind in ("from_step", "from_tokens"):
+            starts = [start for stage in self.stages if (start := getattr(stage, kind)) is not None]
+            if starts != sorted(set(starts)):
+                raise ValueError(f"stages must stand in order, but their {kind} are {starts}")
+        return self
 
 
 class Sampling(Table):
@@ -440,6 +551,7 @@ class Config(Table):
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     compile: Compile = Compile()
+    kernels: Kernels = Kernels()
     quantize: Quantize = Quantize()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()

@@ -28,8 +28,7 @@ NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.expert_parallel_comm_backend": ("standard",),
     "checkpoint.enable_ft_dataloader_checkpoints": (...,),
-    "checkpoint.initial_load_model_only": (...,),
-    "checkpoint.initial_load_in_hf": (False,),
+    "checkpoint.initial_load_in_hf": (...,),  # found out by looking at initial_load_path
     "checkpoint.initial_load_in_hf_quantized": (False,),
     "checkpoint.last_save_in_hf": (False,),
     "checkpoint.exclude_from_loading": ([],),

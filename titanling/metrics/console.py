@@ -1,22 +1,14 @@
 """Lines on the terminal: coloured there, plain in a pipe or a file, never wrapped, never a vehicle for escape codes."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-# Control characters but tab and newline, lone surrogates, and what reorders or breaks lines: text that a model wrote
-# or that came from a file must not move the cursor, set the title or hide a part of a line.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+from titanling.text import escape_controls
 
 Piece = tuple[str, str]
 """Text and its rich style ("" for none)."""
-
-
-def escape_controls(text: str) -> str:
-    r"""`text` with unsafe characters written as `\x1b` or `\u202e`; tab and newline stay."""
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Console:

@@ -4,8 +4,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 Scalar = float | int
 
@@ -51,24 +52,30 @@ class JsonLines:
             self._file.truncate(size)
             raise
 
-    def drop_after(self, step: int) -> int:
+    def drop_after(self, step: int, validated: bool = True) -> int:
         """Remove rows whose `step` is greater, and lines that are not whole rows (a process died in mid-write).
 
-        The file is replaced in one move, so that a crash leaves the old or the new one. Returns the number of lines
-        removed that were not whole rows.
+        Unless `validated`, the validation of `step` itself goes too. The file is replaced in one move, so that a crash
+        leaves the old or the new one. Returns the number of lines removed that were not whole rows. Raises OSError,
+        leaving the file as it is.
         """
         scratch = self.path.with_name(self.path.name + ".tmp")
         changed, broken = False, 0
-        with self.path.open("rb") as old, scratch.open("wb") as new:
-            for line in old:
-                found = _step_of(line)
-                kept = found is not None and found <= step
-                if kept:
-                    new.write(line.rstrip(b"\n") + b"\n")
-                changed |= not kept or not line.endswith(b"\n")
-                broken += found is None
-            new.flush()
-            os.fsync(new.fileno())
+        try:
+            with self.path.open("rb") as old, scratch.open("wb") as new:
+                for line in old:
+                    row = _row_of(line)
+                    kept = row is not None and row["step"] <= step and (validated or not _validates(row, step))
+                    if kept:
+                        new.write(line.rstrip(b"\n") + b"\n")
+                    changed |= not kept or not line.endswith(b"\n")
+                    broken += row is None
+                new.flush()
+                os.fsync(new.fileno())
+        except OSError:
+            with suppress(OSError):
+                scratch.unlink()  # the disk is full, perhaps
+            raise
         if not changed:
             scratch.unlink()
             return 0
@@ -86,11 +93,15 @@ class JsonLines:
         return self.path.open("ab", buffering=0)
 
 
-def _step_of(line: bytes) -> int | None:
-    """The row's step, or None if the line is not a whole row."""
+def _validates(row: Mapping[str, object], step: int) -> bool:
+    """Whether the row is that of the validation after `step`."""
+    return row["step"] == step and any(key.startswith("val_") for key in row)
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row, which has a step, or None if the line is not a whole one."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

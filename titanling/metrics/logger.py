@@ -66,15 +66,16 @@ class MetricsLogger:
         self._tensorboard = TensorBoard(run_folder / settings.save_tb_folder) if settings.enable_tensorboard else None
         self._wandb = Wandb(run_folder, run_config) if settings.enable_wandb else None
 
-    def resume_at(self, step: int) -> None:
+    def resume_at(self, step: int, validated: bool = True) -> None:
         """Forget what an earlier process logged after `step`, because those steps run again. 0: a new run.
 
+        Unless `step` counts as `validated`, what is said of its validation is forgotten too.
         Raises UserError if metrics.jsonl cannot be rewritten; it is then unchanged.
         """
         if not self._on:
             return
         try:
-            broken = self._jsonl.drop_after(step)
+            broken = self._jsonl.drop_after(step, validated)
         except OSError as error:
             raise UserError(
                 f"{self._jsonl.path}: cannot be rewritten without the rows after step {step} ({error.strerror});"

@@ -1,6 +1,7 @@
 """Where a model family keeps what parallel plans need to find. A table beside the model: plans read it, and no model.
 
-To add a family: write its model file, give its class a `layout`, and every plan applies.
+To add a family: write its model file, give its class a `layout`, let its forward pass end in `loss(hidden, output
+matrix)` where it is given a loss, and every plan applies.
 """
 
 from collections.abc import Mapping
@@ -18,13 +19,14 @@ class ModelLayout:
     """nn.Embedding, token ids to hidden states. Pipeline stages without it pass hidden states through its place."""
     embedding_dropout: str
     blocks: str
-    """nn.ModuleDict of the blocks by their index, which all have one shape."""
+    """nn.ModuleDict of the blocks by their index, which all have one shape. The module that holds it makes what they
+    mask documents with by its `document_mask(positions)`, if it can."""
     norm: str
     """The norm before the output head."""
     head: str
     """The output head; absent (None) where the embedding is the output matrix."""
     attention: str
-    """In a block: the module whose `attend(q, k, v)` mixes positions, each (batch, heads, seq, head_dim)."""
+    """In a block: the module whose `attend(q, k, v, mask=None)` mixes positions, each (batch, heads, seq, head_dim)."""
     tensor: Mapping[str, Role]
     """In a block, for tensor parallelism (Megatron-LM; Shoeybi 2019, Korthikanti 2022):
 

@@ -6,11 +6,13 @@ Modules are named as in Hugging Face's LlamaForCausalLM (Qwen3ForCausalLM with Q
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titanling.model.documents import DocumentMask, attend_documents, document_mask
 from titanling.model.layout import LLAMA
 from titanling.model.presets import LlamaShape
 
@@ -39,10 +41,32 @@ def rope_angles(shape: LlamaShape, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+# What a plan may exchange for faster kernels; modules hold these as attributes of the same names.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension, with statistics in float32: (..., dim) and (dim,) of one type."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up of two tensors of one shape."""
+    return F.silu(gate) * up
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q (batch, seq, heads, head_dim) and k (batch, seq, kv_heads, head_dim) by the angles of their places."""
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (batch, seq, heads, head_dim): element i of the first half pairs with element i of the second."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
+"""A loss of hidden states (batch, seq, dim) and the output matrix (vocab, dim), which computes no logits, or few."""
 
 
 class LayerCache:
@@ -71,10 +95,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
+        self.rms_norm = rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim), in x's dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return self.rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -88,11 +113,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
     """Causal attention of q (batch, heads, seq, head_dim) over k and v (batch, kv_heads, seq, head_dim).
 
-    A single query, the newest token, sees all keys.
+    With a mask, within documents. A single query, the newest token, sees all keys.
     """
+    if mask is not None:
+        return attend_documents(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -109,19 +136,22 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_dim, shape.dim)
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.rope = rope
         self.attend = attend
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: DocumentMask | None = None
+    ) -> Tensor:
         """(batch, seq, dim) → (batch, seq, dim)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = self.rope(q, k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, seq, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -132,10 +162,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(dim, ffn_dim)
         self.up_proj = Linear(dim, ffn_dim)
         self.down_proj = Linear(ffn_dim, dim)
+        self.swiglu = swiglu
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -149,9 +180,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.dim, shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: DocumentMask | None = None
+    ) -> Tensor:
         """(batch, seq, dim) → (batch, seq, dim)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, mask))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -166,6 +199,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(index): Block(shape) for index in range(shape.n_layers)})
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
+        self.document_mask = document_mask
 
     def forward(
         self, input_ids: Tensor, positions: Tensor | None = None, cache: list[LayerCache] | None = None
@@ -176,10 +210,11 @@ class Decoder(nn.Module):
             raise ValueError("a cache is filled with the whole prompt at once, then extended by one token at a time")
         if positions is None:
             positions = torch.arange(start, start + input_ids.size(1), device=input_ids.device)
+        mask = self.document_mask(positions) if positions.ndim == 2 else None
         cos, sin = rope_angles(self.shape, positions)
         x = self.dropout(self.embed_tokens(input_ids))
         for index, block in self.layers.items():
-            x = block(x, cos, sin, cache[int(index)] if cache else None)
+            x = block(x, cos, sin, cache[int(index)] if cache else None, mask)
         return self.norm(x)
 
 
@@ -196,14 +231,22 @@ class Llama(nn.Module):
         self.lm_head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor | None = None, cache: list[LayerCache] | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        loss: HeadLoss | None = None,
     ) -> Tensor:
-        """Logits (batch, seq, vocab) for input_ids (batch, seq) int64.
+        """Logits (batch, seq, vocab) for input_ids (batch, seq) int64; or what `loss` makes of the hidden states.
 
-        positions (seq,) or (batch, seq) int64 are the tokens' places in their text; in order from 0 if not given.
+        positions (seq,) int64 are the tokens' places in their text, which is one; in order from 0 if not given. As
+        (batch, seq), they are places in documents: attention stays within each, and a document begins where they are 0.
         With a cache, input_ids continue what it has seen: first the whole prompt, then one token at a time.
         """
         hidden = self.model(input_ids, positions, cache)
+        if loss is not None:
+            # Called in here, where plans see to it that the matrix is whole.
+            return loss(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
         return self.lm_head(hidden) if self.lm_head is not None else self._tied_head(hidden)
 
     def _tied_head(self, hidden: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ KEPT = {
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
+    "titanling.document_attention",
+    "flex_attention",
     "_c10d_functional.reduce_scatter_tensor",
 }
 """What selective "op" keeps: it is costly to compute again, or to add up over ranks."""
@@ -93,5 +95,7 @@ def _selective() -> Any:
 
 
 def _keep(_: Any, operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    name = str(operator).rpartition(".")[0]
-    return CheckpointPolicy.MUST_SAVE if name in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    name = str(operator)
+    return (
+        CheckpointPolicy.MUST_SAVE if (name.rpartition(".")[0] or name) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    )

@@ -9,6 +9,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from titanling.config.schema import Parallelism
 from titanling.errors import UserError
+from titanling.model.documents import DocumentMask, attend_documents, document_mask
 from titanling.model.layout import ModelLayout
 from titanling.parallel.mesh import World
 from titanling.parallel.plan import Plan
@@ -32,15 +33,23 @@ class ContextAttention:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh, self.ranks, self.rank = mesh, mesh.size(), mesh.get_local_rank()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
         """q (batch, heads, seq / cp, head_dim), k and v (batch, kv_heads, seq / cp, head_dim) → as q."""
         k, v = self._gather(torch.cat((k, v), dim=1)).chunk(2, dim=1)
+        if mask is not None:
+            return attend_documents(q, k, v, mask)
         early, late = q.chunk(2, dim=2)
         piece = early.size(2)
         parts = []
         for queries, end in ((early, self.rank + 1), (late, 2 * self.ranks - self.rank)):
             parts.append(attend_at_the_end(queries, k[:, :, : end * piece], v[:, :, : end * piece]))
         return torch.cat(parts, dim=2)
+
+    def document_mask(self, positions: Tensor) -> DocumentMask:
+        """The mask of this rank's queries, at positions (batch, seq / cp) of their documents, over all keys."""
+        keys = positions.size(1) * self.ranks
+        places = shard_sequence(torch.arange(keys, device=positions.device), 0, self.ranks, self.rank)
+        return document_mask(positions, places, keys)
 
     def _gather(self, x: Tensor) -> Tensor:
         """(…, seq / cp, head_dim) of every rank → (…, seq, head_dim) in the order of the text."""
@@ -85,6 +94,9 @@ class ContextParallel(Plan):
         attention = ContextAttention(world.cp_mesh)
         for block in model.get_submodule(layout.blocks).children():
             block.get_submodule(layout.attention).attend = attention
+        decoder = model.get_submodule(layout.blocks.rpartition(".")[0])
+        if hasattr(decoder, "document_mask"):
+            decoder.document_mask = attention.document_mask
 
     def describe(self) -> str:
         """One line."""

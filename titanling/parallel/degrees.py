@@ -85,6 +85,11 @@ def accumulation_steps(training: Training, dp: int) -> int:
     return training.global_batch_size // together
 
 
+def sequences_per_step(training: Training, dp: int) -> int:
+    """Sequences in one optimizer step of all ranks together. Raises UserError as `accumulation_steps`."""
+    return training.local_batch_size * dp * accumulation_steps(training, dp)
+
+
 def resharding(settings: Parallelism, degrees: Degrees) -> bool | int:
     """Whether FSDP frees gathered parameters after a block's forward pass; a number: keeps them over so many ranks."""
     wanted = settings.fsdp_reshard_after_forward
@@ -92,6 +97,14 @@ def resharding(settings: Parallelism, degrees: Degrees) -> bool | int:
         # Every micro-batch of a pipeline would gather them again.
         return degrees.pp == 1
     return wanted if isinstance(wanted, int) else wanted == "always"
+
+
+def loss_of_hidden(settings: Parallelism, degrees: Degrees) -> bool:
+    """Whether the loss is computed from hidden states, a chunk of logits at a time, and not from all logits.
+
+    A pipeline's schedule hands logits to the loss, and whole logits are what disable_loss_parallel asks for.
+    """
+    return degrees.pp == 1 and (degrees.tp == 1 or not settings.disable_loss_parallel)
 
 
 def resolve_layout(

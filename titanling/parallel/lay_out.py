@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from titanling.config.schema import ActivationCheckpoint, Compile, Model, Parallelism, Quantize, Training
+from titanling.config.schema import ActivationCheckpoint, Compile, Kernels, Model, Parallelism, Quantize, Training
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel import plan
@@ -14,6 +14,7 @@ from titanling.parallel.compile import CompileBlocks
 from titanling.parallel.context import ContextParallel
 from titanling.parallel.data import DataParallel
 from titanling.parallel.degrees import Degrees
+from titanling.parallel.kernels import KernelChoice
 from titanling.parallel.mesh import World
 from titanling.parallel.pipeline import Pipeline, PipelineRunner
 from titanling.parallel.plan import Plan
@@ -30,6 +31,7 @@ def build_plans(
     compile: Compile,
     model: Model,
     quantize: Quantize,
+    kernels: Kernels,
     *,
     shape: LlamaShape,
     degrees: Degrees,
@@ -38,6 +40,7 @@ def build_plans(
     """The plans that these tables ask for, in order. Raises UserError for one that cannot work on this device."""
     compiled = compile.enable and "model" in compile.components
     plans: list[Plan] = [
+        KernelChoice(kernels, device, shape),
         TensorParallel(parallelism, compiled),
         ContextParallel(parallelism),
         Pipeline(parallelism, shape),

@@ -2,6 +2,8 @@
 
 import math
 import os
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanling.config.schema import Comm
 from titanling.errors import UserError
 from titanling.parallel.degrees import Degrees, world_size
-from titanling.parallel.rendezvous import rendezvous
+from titanling.parallel.rendezvous import FAREWELL_SECONDS, rendezvous, unreachable
+from titanling.parallel.roll_call import RollCall
 
 T = TypeVar("T")
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -35,6 +39,10 @@ class World:
     degrees: Degrees
     mesh: DeviceMesh | None = None
     cp_mesh: DeviceMesh | None = None
+    store: dist.Store | None = None
+    """Where the ranks met: for what they say to each other outside of collectives."""
+    roll_call: RollCall | None = None
+    """Finds the ranks that are lost."""
 
     def degree(self, dimension: str) -> int:
         """Number of ranks along one of DIMENSIONS."""
@@ -60,6 +68,30 @@ class World:
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Which of some flags are set on any rank: a few bytes between CPUs, which waits for no device."""
+        if self.mesh is None:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+    def naming_the_lost(self) -> AbstractContextManager[None]:
+        """A context in which a failure that comes of lost ranks is raised as RanksLost."""
+        return nullcontext() if self.roll_call is None else self.roll_call.naming()
+
+    def wait(self, event: threading.Event) -> None:
+        """Wait for what all ranks take part in outside of collectives. Raises RanksLost if one goes silent."""
+        if self.roll_call is None:
+            event.wait()
+        else:
+            self.roll_call.wait(event)
+
+    def leave(self) -> None:
+        """End what this process does beside its main thread."""
+        if self.roll_call is not None:
+            self.roll_call.close()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on every rank."""
@@ -88,7 +120,7 @@ def local_device(comm: Comm) -> torch.device:
 
 
 def start_world(degrees: Degrees, comm: Comm, device: torch.device) -> World:
-    """Join the other ranks (the environment is torchrun's) and build the mesh. Raises UserError if some are missing."""
+    """Join the other ranks (the environment is torchrun's) and build the mesh. Raises UserError if they do not meet."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     if size == 1:
         return World(rank, size, device, degrees, None)
@@ -97,8 +129,19 @@ def start_world(degrees: Degrees, comm: Comm, device: torch.device) -> World:
     backend = f"cpu:gloo,cuda:{gpu}" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     store = rendezvous(rank, size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, device, degrees, *build_meshes(degrees, device.type))
+    roll_call = RollCall(store, rank, size, comm.init_timeout_seconds)
+    with roll_call.naming():
+        try:
+            # gloo connects every pair of ranks now, for each group of the meshes; NCCL does so when it is first used.
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            meshes = build_meshes(degrees, device.type)
+        except RuntimeError as error:
+            if roll_call.lost():
+                raise
+            # The others find out by themselves, and tell it only while they find the store.
+            roll_call.close_last(FAREWELL_SECONDS)
+            raise unreachable(error, rank) from error
+    return World(rank, size, device, degrees, *meshes, store, roll_call)
 
 
 def build_meshes(degrees: Degrees, device_type: str) -> tuple[DeviceMesh, DeviceMesh | None]:
@@ -112,7 +155,20 @@ def build_meshes(degrees: Degrees, device_type: str) -> tuple[DeviceMesh, Device
     return mesh, init_device_mesh(device_type, sizes, mesh_dim_names=DIMENSIONS)["cp"]
 
 
+def limit_collectives(world: World, seconds: int) -> None:
+    """From now on, nothing waits longer for a silent rank."""
+    if world.mesh is None:
+        return
+    assert world.roll_call is not None
+    world.roll_call.patience = seconds
+    groups = {group for mesh in (world.mesh, world.cp_mesh) if mesh is not None for group in mesh.get_all_groups()}
+    for group in (None, *groups):  # None: that of all ranks
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)  # there is no public way
+
+
 def stop_world(world: World) -> None:
-    """Leave the process group."""
+    """Leave the process group, all ranks together."""
     if world.mesh is not None:
+        world.leave()
+        world.any(False)  # nobody goes, rank 0 and its store above all, while another still talks to it
         dist.destroy_process_group()

@@ -84,6 +84,13 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+class Stage(PipelineStage):
+    """torch's stage; that of torch 2.11 also greets neighbours on its own rank, where gloo has no connection."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+
+
 class PipelineRunner(Runner):
     """A pipeline under one of torch's schedules. The sequences of all accumulation steps go through it together."""
 
@@ -98,15 +105,17 @@ class PipelineRunner(Runner):
         self.own = stages_of_rank(self.settings, self.pp, self.rank, self.stages)
         self.owner = {s: r for r in range(self.pp) for s in stages_of_rank(self.settings, self.pp, r, self.stages)}
         self.schedule: Any = None
-        # Hidden states may be a part of their sequence, so a stage cannot count positions by itself.
-        self.positions = torch.empty(0)
+        # Hidden states may be a part of their sequence, so a stage cannot count positions by itself. None: they differ
+        # between sequences, and the schedule hands them out.
+        self.positions: Tensor | None = None
         for part in parts:
-            part.register_forward_pre_hook(lambda _, arguments: (arguments[0], self.positions))
+            part.register_forward_pre_hook(self._give_positions)
 
     def forward_backward(self, batches: Sequence[Batch], targets: Tensor, scale: Tensor) -> Tensor:
         """As Runner's."""
-        whole = {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
-        input_ids, labels, self.positions = self._take(whole)
+        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        input_ids, labels, positions = self._take(whole)
+        self.positions = positions if positions.ndim == 1 else None
         loss = torch.zeros((), device=self.world.device)
 
         def micro_loss(logits: Tensor, micro_labels: Tensor) -> Tensor:
@@ -120,20 +129,25 @@ class PipelineRunner(Runner):
         arguments: dict[str, Any] = {"target": labels} if self.stages - 1 in self.own else {}
         if "return_outputs" in inspect.signature(self.schedule.step).parameters:
             arguments["return_outputs"] = False  # the loss has overwritten the logits
+        if self.positions is None:
+            arguments["positions"] = positions
         self.schedule.step(*([input_ids] if 0 in self.own else []), **arguments)
         settle(parameter for _, parameter in self.named_parameters())
         return self.share(loss)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """As Runner's."""
-        logits = self.logits(batch["input_ids"])
+        logits = self._logits(batch)
         if logits is None:
             return torch.zeros((), device=self.world.device)
         return self.share(self.loss(logits, self._take(batch)[1], self.vocab_shard))
 
     def logits(self, input_ids: Tensor) -> Tensor | None:
         """As Runner's; only the last stage's rank has any."""
-        x, _, self.positions = self._take({"input_ids": input_ids, "labels": input_ids})
+        return self._logits({"input_ids": input_ids, "labels": input_ids})
+
+    def _logits(self, batch: Batch) -> Tensor | None:
+        x, _, self.positions = self._take(batch)
         shape = self._hidden(x)
         for stage in range(self.stages):
             if self.owner[stage] != self.rank:
@@ -153,6 +167,9 @@ class PipelineRunner(Runner):
             positions = torch.arange(input_ids.size(1), device=input_ids.device)
         return input_ids, labels, positions
 
+    def _give_positions(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return arguments if self.positions is None else (arguments[0], self.positions)
+
     def _hidden(self, input_ids: Tensor) -> tuple[int, int, int]:
         """Shape of the hidden states between stages for these token ids: a share of the sequence under tensor plans."""
         return (input_ids.size(0), input_ids.size(1) // self.world.degrees.tp, self.shape.dim)
@@ -167,7 +184,7 @@ class PipelineRunner(Runner):
             vocab = max(0, min(-(-vocab // self.world.degrees.tp), vocab - self.vocab_shard.first))
         logits = torch.empty((size, input_ids.size(1), vocab), dtype=self.dtype, device="meta", requires_grad=True)
         stages = [
-            PipelineStage(
+            Stage(
                 module,
                 stage,
                 self.stages,

@@ -2,29 +2,42 @@
 
 A plan lays one idea over a plain model, in place, while the model is on the meta device and costs nothing. The order:
 
-1. quantize               exchanges linear layers: whatever divides a layer must find the one that will run
-2. tensor                 divides every matrix, and needs the whole model to find them
-3. context                exchanges attention; heads are already those of this rank
-4. pipeline               cuts the model into stages; whatever follows sees only the stages of this rank
-5. precision              the type of what leaves the embedding, hence of all that follows
-6. activation_checkpoint  wraps the blocks' arithmetic with all of the above: their collectives are recomputed as well
-7. compile                compiles each block with its recomputation, so that the compiler sees what is kept
-8. data                   FSDP shards what is left; its gathering must stay outside of what is compiled and recomputed
+1. kernels                exchanges functions, which nothing else looks at
+2. quantize               exchanges linear layers: whatever divides a layer must find the one that will run
+3. tensor                 divides every matrix, and needs the whole model to find them
+4. context                exchanges attention; heads are already those of this rank
+5. pipeline               cuts the model into stages; whatever follows sees only the stages of this rank
+6. precision              the type of what leaves the embedding, hence of all that follows
+7. activation_checkpoint  wraps the blocks' arithmetic with all of the above: their collectives are recomputed as well
+8. compile                compiles each block with its recomputation, so that the compiler sees what is kept
+9. data                   FSDP shards what is left; its gathering must stay outside of what is compiled and recomputed
 
 A plan of your own comes behind the one that it names in `after`.
 """
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from titanling.errors import UserError
-from titanling.parallel.mesh import World
+from titanling.parallel.mesh import DIMENSIONS, World
 
-ORDER = ("quantize", "tensor", "context", "pipeline", "precision", "activation_checkpoint", "compile", "data")
+ORDER = (
+    "kernels",
+    "quantize",
+    "tensor",
+    "context",
+    "pipeline",
+    "precision",
+    "activation_checkpoint",
+    "compile",
+    "data",
+)
 
 
 class Plan:
@@ -78,15 +91,36 @@ def apply(plans: Iterable[Plan], model: nn.Module, world: World) -> list[nn.Modu
 def load_plan(reference: str) -> Plan:
     """The plan that "path/to/file.py:ClassName" names, built without arguments. Raises UserError if there is none."""
     path, _, name = reference.rpartition(":")
+    asked = f'parallelism.plans = "{reference}"'
     if not (path.endswith(".py") and Path(path).is_file()):
-        raise UserError(
-            f'parallelism.plans = "{reference}": "{path}" is no Python file; give "path/to/file.py:ClassName"'
-        )
+        raise UserError(f'{asked}: "{path}" is no Python file; give "path/to/file.py:ClassName"')
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _blames_the_file(f"{asked}: {path} cannot be imported", path):
+        spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Plan)):
-        raise UserError(f'parallelism.plans = "{reference}": {path} has no subclass of Plan called {name}')
-    return found()
+        raise UserError(f"{asked}: {path} has no subclass of Plan called {name}")
+    with _blames_the_file(f"{asked}: {name}() cannot be called without arguments", path):
+        plan = found()
+    if not (isinstance(getattr(plan, "name", None), str) and plan.name):
+        raise UserError(f'{asked}: {name} has no name; write name = "…" in the class')
+    for method in ("apply", "describe"):
+        if getattr(found, method) is getattr(Plan, method):
+            raise UserError(f"{asked}: {name} has no method {method}; docs/parallelism.md shows a whole plan")
+    if isinstance(plan.needs, str) or not set(plan.needs) <= set(DIMENSIONS):
+        raise UserError(f"{asked}: {name}.needs = {plan.needs!r} is not a tuple of some of {DIMENSIONS}")
+    return plan
+
+
+@contextmanager
+def _blames_the_file(what: str, path: str) -> Iterator[None]:
+    """Turn whatever a user's own code raises into a UserError that says what, why, and in which line of that file."""
+    try:
+        yield
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f" (line {line})" if line else ""
+        raise UserError(f"{what}: {type(error).__name__}: {error}{where}") from error

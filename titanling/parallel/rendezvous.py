@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -154,6 +155,19 @@ def _describe(ranks: list[int]) -> str:
     return f"rank {some(ranks)}{nodes}"
 
 
+def unreachable(error: Exception, rank: int) -> UserError:
+    """What to tell the user when the ranks have met at the store, and their connections to one another then failed."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    own = f'interface "{interface}"' if interface else f'the address of its name "{socket.gethostname()}"'
+    there = ", ".join(f"{name} {address}" for name, address in _interfaces())
+    return UserError(
+        f"GLOO_SOCKET_IFNAME: rank {rank}, with {own}, and the other ranks met at"
+        f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} but cannot connect to one another"
+        f" ({_first_line(error)}); on each node set GLOO_SOCKET_IFNAME to the interface that leads to the others"
+        f" (here: {there}), and let the firewall between the nodes pass all TCP ports"
+    )
+
+
 def _choose_gloo_interface(outside: str) -> None:
     """Have gloo use the network that leads to `outside`, an address of some node ("": all ranks are on one host).
 
@@ -185,15 +199,18 @@ def _address_towards(host: str) -> str | None:
 
 def _interface_of(address: str | None) -> str | None:
     """Name of the network interface that has this IPv4 address."""
+    return next((name for name, own in _interfaces() if own == address), None)
+
+
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """Names and IPv4 addresses of this host's network interfaces."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
                 continue  # it has no IPv4 address
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+            yield name, socket.inet_ntoa(answer[20:24])
 
 
 def _is_loopback(address: str) -> bool:

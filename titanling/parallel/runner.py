@@ -1,16 +1,18 @@
 """A laid-out model as the training loop sees it: the same few calls under every layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
-from titanling.loss import VocabShard, cross_entropy_sum
+from titanling.loss import VocabShard, cross_entropy_sum, head_cross_entropy_sum
 from titanling.model.generate import CachedDecoder, NextLogits
 from titanling.model.presets import LlamaShape
 from titanling.parallel.context import shard_sequence
 from titanling.parallel.data import DataParallel, reshard, sync_gradients
+from titanling.parallel.degrees import loss_of_hidden
 from titanling.parallel.mesh import World
 from titanling.parallel.weights import materialize, settle
 
@@ -21,18 +23,20 @@ class Runner:
     """One rank's part of a model under its plans. Every method is called by all ranks together.
 
     Batches hold `input_ids` and `labels`, (batch, seq) int64 on the device, the same on all ranks that do not differ in
-    their data-parallel place; the runner takes from them what is this rank's.
+    their data-parallel place; the runner takes from them what is this rank's. Those whose documents are not to see each
+    other also hold `positions` of the same shape.
     """
 
     def __init__(self, parts: list[nn.Module], data: DataParallel, shape: LlamaShape, world: World) -> None:
         self.parts, self.shape, self.world, self.data = parts, shape, world, data
         degrees = world.degrees
-        self.loss = cross_entropy_sum
+        self.of_hidden = loss_of_hidden(data.settings, degrees)
+        self.loss: Callable[..., Tensor] = head_cross_entropy_sum if self.of_hidden else cross_entropy_sum
         self.averaged = 1 if world.mesh is None else degrees.dp * degrees.cp
         self.vocab_shard: VocabShard | None = None
         if degrees.tp > 1 and not data.settings.disable_loss_parallel:
             piece = -(-shape.vocab_size // degrees.tp)
-            self.vocab_shard = VocabShard(world.submesh("tp").get_group(), piece * world.index("tp"))
+            self.vocab_shard = VocabShard(world.submesh("tp").get_group(), piece * world.index("tp"), shape.vocab_size)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of this rank, under the names that they have in the whole model."""
@@ -56,10 +60,7 @@ class Runner:
         loss = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(module, index == len(batches) - 1)
-            input_ids, labels, positions = self.take(batch)
-            logits = module(input_ids, positions)
-            micro_loss = self.loss(logits, labels, self.vocab_shard) / targets
-            del logits
+            micro_loss = self._loss(batch) / targets
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             (micro_loss * (self.averaged * scale)).backward()
             loss += micro_loss.detach()
@@ -68,20 +69,34 @@ class Runner:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """This rank's share of the cross-entropy summed over a batch, without gradients."""
+        return self.share(self._loss(batch))
+
+    def _loss(self, batch: Batch) -> Tensor:
         input_ids, labels, positions = self.take(batch)
-        return self.share(self.loss(self.modules[0](input_ids, positions), labels, self.vocab_shard))
+        (module,) = self.modules
+        if not self.of_hidden:
+            return self.loss(module(input_ids, positions), labels, self.vocab_shard)
+
+        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+            # Under a tensor plan: whole hidden states, of whose gradient each rank has a part, and rows of the matrix.
+            if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
+                hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
+            return self.loss(hidden, weight, labels, self.vocab_shard)
+
+        return module(input_ids, positions, loss=loss)
 
     def take(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """This rank's token ids and labels (batch, seq / cp), and their positions unless they run from 0."""
-        input_ids, labels = batch["input_ids"], batch["labels"]
+        input_ids, labels, positions = batch["input_ids"], batch["labels"], batch.get("positions")
         ranks, rank = self.world.degrees.cp, self.world.index("cp")
         if ranks == 1:
-            return input_ids, labels, None
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+            return input_ids, labels, positions
+        if positions is None:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device)
         return (
             shard_sequence(input_ids, 1, ranks, rank),
             shard_sequence(labels, 1, ranks, rank),
-            shard_sequence(positions, 0, ranks, rank),
+            shard_sequence(positions, -1, ranks, rank),
         )
 
     def share(self, loss: Tensor) -> Tensor:

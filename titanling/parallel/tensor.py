@@ -50,7 +50,8 @@ class TensorParallel(Plan):
     """Divide every matrix over the `tp` ranks, and between matrices the sequence (Korthikanti et al. 2022).
 
     The embedding and the head are divided by the vocabulary. The model returns the local part of the logits,
-    (batch, seq, vocab / tp), for a loss over shards; or all of them with `disable_loss_parallel`.
+    (batch, seq, vocab / tp), for a loss over shards; or all of them with `disable_loss_parallel`. A loss that takes
+    hidden states gets all of them, a Replicate DTensor, and the output matrix as one whose rows are divided.
     """
 
     name = "tensor"
@@ -73,6 +74,9 @@ class TensorParallel(Plan):
             present = {name for name, _ in block.named_modules()}
             parallelize_module(block, mesh, {n: STYLES[role] for n, role in layout.tensor.items() if n in present})
         logits = Replicate() if self.settings.disable_loss_parallel else Shard(-1)
+        whole = PrepareModuleOutput(
+            output_layouts=Shard(SEQUENCE), desired_output_layouts=Replicate(), use_local_output=False
+        )
         parallelize_module(
             model,
             mesh,
@@ -81,19 +85,20 @@ class TensorParallel(Plan):
                 layout.norm: SequenceParallel(sequence_dim=SEQUENCE),
             },
         )
+        # What is behind the norm takes whole sequences: the head, or a loss over the head's weight.
+        parallelize_module(model, mesh, {layout.norm: whole})
         # torch 2.13: what the embedding returns is still in flight, and a compiled block that takes it loses its
         # gradient. A copy has landed.
         model.get_submodule(layout.embedding).register_forward_hook(lambda _, __, output: output.clone())
         if getattr(model, layout.head) is not None:
-            head = ColwiseParallel(input_layouts=Shard(SEQUENCE), output_layouts=logits)
+            head = ColwiseParallel(input_layouts=Replicate(), output_layouts=logits)
             parallelize_module(model, mesh, {layout.head: head})
         else:
-            # The model multiplies by the embedding itself, outside of any module.
-            whole = PrepareModuleOutput(
-                output_layouts=Shard(SEQUENCE), desired_output_layouts=Replicate(), use_local_output=False
-            )
-            parallelize_module(model, mesh, {layout.norm: whole})
-            model.register_forward_hook(lambda _, __, output: output.redistribute(placements=[logits]).to_local())
+            # The model multiplies by the embedding itself, outside of any module. A loss is no DTensor.
+            def divide(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                return output.redistribute(placements=[logits]).to_local() if isinstance(output, DTensor) else output
+
+            model.register_forward_hook(divide)
         if self.settings.enable_async_tensor_parallel:
             overlap(mesh)
 

@@ -40,6 +40,28 @@ def local_part(parameter: Tensor) -> tuple[Tensor, list[int]]:
     return parameter.to_local(), offsets
 
 
+def is_writer(tensor: Tensor, turn: int, world: World) -> bool:
+    """Whether this rank is the one that saves its part of a tensor, among those that hold the same part.
+
+    Every rank finds out by itself. `turn`, a number of the tensor's own, spreads the work over them.
+    """
+    degrees = world.degrees
+    mine = {
+        "dp_replicate": (world.index("dp_replicate"), degrees.dp_replicate),
+        "fsdp": (world.index("dp_shard") * degrees.cp + world.index("cp"), degrees.fsdp),
+        "tp": (world.index("tp"), degrees.tp),
+    }
+    if isinstance(tensor, DTensor):
+        names = tensor.device_mesh.mesh_dim_names or ()
+        for name, placement in zip(names, tensor.placements, strict=True):
+            if not placement.is_replicate():
+                del mine[name]
+    place, copies = 0, 1
+    for index, size in mine.values():
+        place, copies = place * size + index, copies * size
+    return turn % copies == place
+
+
 def settle(parameters: Iterable[Tensor]) -> None:
     """Add up gradients of which every tensor-parallel rank has a part: those of whole weights, such as norms'."""
     for parameter in parameters:

@@ -16,8 +16,8 @@ Compiled, the compiler computes what is element-wise again: the norms' outputs, 
 
 from dataclasses import dataclass
 
-from titanling.loss import CHUNK
 from titanling.planner.setup import Setup
+from triton_kernels.linear_cross_entropy import PIECE
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ class Activations:
     """Gradients of activations that are alive at once in a block's backward pass."""
     casts: float
     """Copies of a block's weights in the type of the computation, where FSDP does not make them."""
-    ends: float
-    """Outside of blocks, where the head is: the final norm and the head's input."""
+    norm: float
+    """What the final norm keeps, where the head is."""
+    hidden: float
+    """The head's input, whole sequences."""
     angles: float
     """cos and sin of RoPE."""
     logits: float
+    """Those that exist at once."""
     loss: float
     """What the loss works in besides the logits."""
 
@@ -68,8 +71,7 @@ def activations(setup: Setup, matrix_elements: float) -> Activations:
     operators = share * d * c + products + n * q * c + lse + reduced
     # v, attention, gate and up are in both; q, k and attention's product are let go as they are used again.
     both = n * (kv + q + 2 * f) * c + lse + n * (q + kv + d) * c
-    vocab = -(-shape.vocab_size // tp) if not setup.config.parallelism.disable_loss_parallel else shape.vocab_size
-    logits = n * vocab * c
+    logits = setup.loss_rows * setup.vocab
     return Activations(
         input=share * d * c,
         whole=whole,
@@ -77,10 +79,11 @@ def activations(setup: Setup, matrix_elements: float) -> Activations:
         again=whole - both,
         transient=2 * n * f * c,
         casts=0.0 if setup.fsdp or setup.dtype.itemsize == _held(setup) else matrix_elements * c,
-        ends=_norm(setup, share * d, share) + n * d * c,
+        norm=_norm(setup, share * d, share),
+        hidden=n * d * c,
         angles=8 * (setup.config.training.seq_len / cp) * shape.head_dim / 2,
-        logits=logits,
-        loss=0.0 if c == 4 else 4 * min(n * vocab, CHUNK[setup.device.type]),
+        logits=logits * c,
+        loss=0.0 if c == 4 else 4 * min(logits, PIECE[setup.device.type]),
     )
 
 

@@ -15,6 +15,8 @@ from titanling.planner.setup import Setup
 
 REDUCE = 4
 """Bytes of an element while gradients are reduced: mixed_precision_reduce is float32."""
+LOSS = 4
+"""Bytes of an element that the loss adds up: float32."""
 STATES = 2
 """Moments of AdamW, in the parameter's type."""
 RESERVE = 2 * GIB
@@ -30,7 +32,7 @@ class Moment:
     """This rank's own, of the parameters it holds."""
     activations: float = 0.0
     logits: float = 0.0
-    """And what the loss works in."""
+    """And what the loss works in, and leaves behind in a wider type."""
     gathered: float = 0.0
     """FSDP's whole parameters."""
     communication: float = 0.0
@@ -157,7 +159,7 @@ def _micro_batch(
     """From the loss to the first block's gradients. `own` and `whole` gradients are there already."""
     last = len(setup.cut) - 1 in stages(setup, rank)
     blocks, layers = kept(setup, sizes, e.layers), max(1, e.layers)
-    ends = sizes.ends if last else 0.0
+    ends = sizes.norm + sizes.hidden if last else 0.0
     logits, loss = (sizes.logits, sizes.loss) if last else (0.0, 0.0)
     others = (flights - 1) * (blocks + ends + sizes.angles) + sizes.angles
     hidden, sent = sizes.input * setup.degrees.tp, _pipeline_buffers(setup, sizes)
@@ -171,11 +173,32 @@ def _micro_batch(
     reduced = e.block * REDUCE if fsdp and layers > 1 else 0.0
     local = 0.0 if own or setup.offload else e.local_blocks * item * (1.0 if fsdp else (layers - 1) / layers)
     before = others + blocks + ends
+    if last and setup.loss_of_hidden:
+        # FSDP lets go of the buffer of its last gathering when the model has returned, which is after the loss.
+        buffer = e.block * setup.c if fsdp else 0.0
+        # The loss leaves behind gradients: that of the head's input in its place, that of the matrix in float32.
+        target = setup.c if fsdp else item
+        head = e.head * LOSS if own or target < LOSS else 0.0
+        ending = [
+            Moment(
+                "loss",
+                own,
+                before + hidden,
+                logits + loss,
+                gathered.forward + buffer,
+                whole + sent + _loss_work(setup, e, item),
+            ),
+            Moment("head's backward pass", own + mine[0], before, head, gathered.head, whole + sent + made[0]),
+        ]
+    else:
+        ending = [
+            Moment("loss", own, before, logits + loss, gathered.forward, whole + sent),
+            Moment(
+                "head's backward pass", own + mine[0], before + hidden, logits, gathered.head, whole + sent + made[0]
+            ),
+        ]
     return [
-        Moment("loss", own, before, logits + loss, gathered.forward, whole + sent),
-        Moment(
-            "head's backward pass", own + mine[0], before + hidden, logits, gathered.head, whole + sent + made[0]
-        ),
+        *ending,
         Moment(
             "last block's backward pass", own + sum(mine), others + blocks + at_last, 0.0, gathered.last,
             whole + sent + sum(made),
@@ -186,6 +209,14 @@ def _micro_batch(
             whole / layers + sent + sum(made) + reduced,
         ),
     ]  # fmt: skip
+
+
+def _loss_work(setup: Setup, e: Elements, item: float) -> float:
+    """The gradient of the output matrix in the making, and the matrix in the type that is computed in, if it is not."""
+    cast = setup.c if not setup.fsdp and setup.c != item else 0.0
+    # A CPU adds a chunk's product, in its own type, to the sum.
+    product = setup.c if setup.device.type == "cpu" and setup.c < LOSS else 0.0
+    return e.head * (LOSS + cast + product)
 
 
 @dataclass(frozen=True)

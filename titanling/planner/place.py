@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titanling.config.schema import Kernels
 from titanling.model.layout import ModelLayout
 from titanling.model.llama import build_on_meta
 from titanling.parallel import plan
 from titanling.parallel.compile import CompileBlocks
 from titanling.parallel.data import DataParallel
+from titanling.parallel.kernels import KernelChoice
 from titanling.parallel.lay_out import build_plans
 from titanling.parallel.mesh import World, build_meshes
 from titanling.parallel.pipeline import Pipeline
@@ -74,10 +76,12 @@ def make_plans(setup: Setup) -> list[Plan]:
         config.compile,
         config.model.model_copy(update={"converters": others}),
         config.quantize,
+        Kernels(implementation="torch"),  # they change nothing that is planned, and the GPU cannot be asked
         shape=setup.shape,
         degrees=setup.degrees,
         device=setup.device,
     )
+    plans = [each for each in plans if not isinstance(each, KernelChoice)]
     return plan.order([*plans, Float8Linear(config.quantize.linear.float8)]) if setup.float8 else plans
 
 

@@ -10,11 +10,12 @@ from titanling.config.check import check_runnable
 from titanling.config.schema import Config
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
-from titanling.parallel.degrees import Degrees, accumulation_steps, resharding, resolve_layout
+from titanling.parallel.degrees import Degrees, accumulation_steps, loss_of_hidden, resharding, resolve_layout
 from titanling.parallel.precision import compute_dtype
 from titanling.parallel.quantize import CONVERTER
 from titanling.parallel.stages import cut_layers
 from titanling.planner.hardware import Hardware
+from triton_kernels.linear_cross_entropy import CHUNK, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,24 @@ class Setup:
         return resharding(self.config.parallelism, self.degrees)
 
     @property
+    def loss_of_hidden(self) -> bool:
+        """Whether the loss is computed a chunk of logits at a time (parallel/degrees.py)."""
+        return loss_of_hidden(self.config.parallelism, self.degrees)
+
+    @property
+    def vocab(self) -> int:
+        """Ids that the loss of one rank sees; of uneven shards the largest."""
+        whole = self.config.parallelism.disable_loss_parallel
+        return self.shape.vocab_size if whole else -(-self.shape.vocab_size // self.degrees.tp)
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows of logits of a micro-batch that exist at once."""
+        if not self.loss_of_hidden:
+            return self.n
+        return min(self.n, rows_at_once(CHUNK, self.device.type, self.vocab))
+
+    @property
     def offload(self) -> bool:
         """Weights, gradients and optimizer state in the host's memory."""
         return self.config.training.enable_cpu_offload and self.fsdp and self.device.type == "cuda"
@@ -123,7 +142,8 @@ def resolve(config: Config, world: int, hardware: Hardware) -> Setup:
     """Check a config for a world size. Raises the UserErrors of training, but needs no data."""
     if world < 1:
         raise UserError(f"--world-size {world}: must be at least 1")
-    data = {"train": config.data.train or "-", "validation": config.data.validation or "-"}
+    train = None if config.data.sources else config.data.train or "-"
+    data = {"train": train, "validation": config.data.validation or "-"}
     check_runnable(config.model_copy(update={"data": config.data.model_copy(update=data)}))
     shape, degrees = resolve_layout(
         config.model, config.parallelism, config.training, config.validation, config.compile, world

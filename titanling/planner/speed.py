@@ -158,7 +158,7 @@ def _element_bytes(setup: Setup, layers: int) -> float:
 
     Forward, in elements: norm 2 and residual 3, twice; RoPE 2 compiled, 10 eager (float32 halves, four products, cat);
     SwiGLU 3 compiled, 5 eager. Backward: twice that. Recomputation: the forward part again. Loss: logits in the type of
-    the computation and three passes over a float32 copy.
+    the computation and three passes over a float32 copy; the matrix's gradient is read and written once a chunk.
     """
     shape, tp, n = setup.shape, setup.degrees.tp, setup.n
     hidden = 10 * n / tp * shape.dim
@@ -169,5 +169,6 @@ def _element_bytes(setup: Setup, layers: int) -> float:
     if settings.mode == "selective" and settings.selective_ac_option == "op":
         again = 1.0
     blocks = layers * (hidden + rope + swiglu) * setup.c * (3 + again)
-    loss = n * shape.vocab_size / tp * (3 * setup.c + 24) / setup.degrees.pp
+    chunks = -(-n // setup.loss_rows) if setup.loss_of_hidden else 0
+    loss = shape.vocab_size / tp * (n * (3 * setup.c + 24) / setup.degrees.pp + chunks * 8 * shape.dim)
     return blocks + loss

@@ -6,7 +6,7 @@ FSDP2     all-gather: A · (L + 1) forward, A · L backward if blocks are reshar
 DDP       all-reduce: one a bucket of 25 MiB
 tensor    A · (2 L + 1) all-gathers and reduce-scatters forward (two modules a block are entered and left; the embedding
           is left, the head entered), as many backward; recomputed blocks enter twice more, and "full" leaves once more.
-          all-reduce: one a norm's weight each step; the loss over vocabulary shards, two a chunk
+          all-reduce: one a norm's weight each step; the loss over vocabulary shards, two a piece
 context   A · L all-gathers of keys and values forward, A · L reduce-scatters backward; recomputed ones again
 pipeline  a send or receive of hidden states or their gradient for each micro-batch and border between ranks
 step      all-reduce of the number of targets, and of the gradient norm
@@ -15,10 +15,10 @@ step      all-reduce of the number of targets, and of the gradient norm
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titanling.loss import CHUNK
 from titanling.planner.memory import REDUCE, count
 from titanling.planner.place import Placed, stages
 from titanling.planner.setup import Setup
+from triton_kernels.linear_cross_entropy import PIECE, rows_at_once
 
 BUCKET = 25 * 2**20
 """DistributedDataParallel's default; its first bucket is of 1 MiB."""
@@ -138,10 +138,11 @@ def _tensor(setup: Setup, parameters: Sequence[Placed], rank: int) -> list[Colle
         logits = setup.n * setup.shape.vocab_size * setup.c
         found.append(Collective("all-gather", "logits", "tp", tp, times, logits))
     elif last:
-        vocab = -(-setup.shape.vocab_size // tp)
-        rows = max(1, CHUNK[setup.device.type] // vocab)
-        chunks = -(-setup.n // rows)
-        found.append(Collective("all-reduce", "loss", "tp", tp, 2 * chunks * times, 1.5 * 4 * min(rows, setup.n)))
+        rows = min(setup.loss_rows, rows_at_once(PIECE, setup.device.type, setup.vocab))
+        # A chunk of logits is worked on in pieces; the last chunk may be shorter.
+        whole, rest = divmod(setup.n, setup.loss_rows)
+        pieces = whole * -(-setup.loss_rows // rows) + -(-rest // rows)
+        found.append(Collective("all-reduce", "loss", "tp", tp, 2 * pieces * times, 1.5 * 4 * rows))
     return found
 
 
