@@ -40,8 +40,8 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 def own_pip() -> tuple[Path, str]:
     """Folder and version of the tests' own pip.
 
-    Not by importing it: from then on setuptools, and with it torch's compiler, could not be imported any more (setuptools
-    leaves the standard library's distutils to pip, for the rest of the process).
+    Not by importing it: from then on setuptools, and with it torch's compiler, could not be imported any more, for it
+    leaves the standard library's distutils to pip for the rest of the process.
     """
     try:
         pip = distribution("pip")
