@@ -44,10 +44,8 @@ def main() -> None:
         names.append(reference)
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(names)}: a tokenizer is named twice; name each once")
-    if not 1 <= arguments.max_bytes < float("inf"):
-        raise UserError(f"--max-bytes {arguments.max_bytes:g}: must be 1 or more")
     tokenizers = {name: read_tokenizer(name) for name in names}
-    sample = Sample(parse_sources(arguments.source), int(arguments.max_bytes), arguments.seed, each=True)
+    sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed, each=True)
     reports = compare(tokenizers, sample, reference)
     rows = [("source", "tokenizer", "tokens/word", "tokens/byte", "NSL")]
     for report in reports:

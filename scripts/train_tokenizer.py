@@ -62,12 +62,10 @@ def main() -> None:
     output = arguments.output
     if os.path.exists(output):
         raise UserError(f"--output {output}: exists and is never overwritten; choose another folder")
-    if not 1 <= arguments.max_bytes < float("inf"):
-        raise UserError(f"--max-bytes {arguments.max_bytes:g}: must be 1 or more")
     given = vars(arguments)
     settings = {name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None}
     recipe = Recipe(**settings | {"special_tokens": tuple(arguments.special_tokens or ())})
-    sample = Sample(parse_sources(arguments.source), int(arguments.max_bytes), arguments.seed)
+    sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed)
     rows = [("source", "weight", "share", "text", "sampled")]
     for source, share, size, quota in zip(sample.sources, sample.shares, sample.bytes, sample.quotas, strict=True):
         times = f", repeated {quota / size:.1f} ×" if quota > size else ""

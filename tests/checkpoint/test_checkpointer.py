@@ -302,9 +302,11 @@ def test_old_checkpoints_stay_until_a_newer_one_reads_back(
 
     monkeypatch.setattr(folder, "forget_cached", damaging)
     with open_trainer(tmp_path, tiny_data, {**CHANGES, "training.steps": 8}) as trainer:
-        trainer.train()
+        with pytest.raises(UserError, match="step-000008.*does not read back as it was written.*are untouched"):
+            trainer.train()
     assert folder.list_steps(tmp_path / "run" / "checkpoints") == [2, 4, 6, 8]
-    assert "does not read back as it was written; older ones are kept" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-000006" in said and "does not read back as it was written; look at the disk. Training goes on" in said
     monkeypatch.undo()
     assert resume(tmp_path, tiny_data, {"training.steps": 8})["lm_head.weight.step"].item() == 2
 
@@ -325,7 +327,7 @@ def test_a_file_that_cannot_be_read_back_is_warned_of(
         trainer.train()
         assert trainer.step == 8
     said = capsys.readouterr().err
-    assert f"{checkpoint(tmp_path, 6) / FILES[1]}: missing" in said and "older ones are kept" in said
+    assert f"{checkpoint(tmp_path, 6) / FILES[1]}: missing" in said and "earlier checkpoints are as they were" in said
 
 
 def test_the_best_by_validation_and_multiples_are_kept(tmp_path: Path, tiny_data: TinyData) -> None:

@@ -100,15 +100,21 @@ class Checkpointer:
             raise save.bug
         if not save.reported:
             save.reported = True
-            self._unsaved = None if save.error is None else f"{save.final}: could not be saved: {save.error}"
-            if self._unsaved is None:
+            if save.error is None:
                 self._say(f"saved {save.final}")
-            elif not self._ending:  # else `finish` is about to refuse
-                self._warn(f"{self._unsaved}. Training goes on, and earlier checkpoints are as they were")
+            self._judge(save.error and f"{save.final}: could not be saved: {save.error}")
         if save.finished.is_set():
             self._save = None
+            if save.damage is not None:
+                self._judge(save.damage)
             if save.warning is not None:
                 self._warn(save.warning)
+
+    def _judge(self, failure: str | None) -> None:
+        """Note why the newest save is of no use, or that it is; warn, unless `finish` is about to refuse."""
+        self._unsaved = failure
+        if failure is not None and not self._ending:
+            self._warn(f"{failure}. Training goes on, and earlier checkpoints are as they were")
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one, and report on it."""

@@ -109,8 +109,10 @@ class Save:
         self.committed, self.finished = threading.Event(), threading.Event()
         self.error: str | None = None
         """Why there is no such checkpoint, on all ranks the same; to be read once committed is set."""
+        self.damage: str | None = None
+        """Why the checkpoint, once committed, cannot be trusted; this and the next to be read once finished is set."""
         self.warning: str | None = None
-        """What is wrong although the checkpoint was committed; to be read once finished is set."""
+        """What is wrong though it can."""
         self.reported = False
         """Whether the caller has told the user."""
         self.bug: BaseException | None = None
@@ -129,7 +131,7 @@ class Save:
             self.error = self._agreement.decide(self._attempt(), self._commit)
             self.committed.set()
             if self.error is None:
-                self.warning = self._agreement.decide(self._read_back(), self._let_go)
+                self.damage, self.warning = self._agreement.decide(self._read_back(), self._let_go)
         except BaseException as error:
             self.bug = error
         finally:
@@ -203,17 +205,17 @@ class Save:
                 folder.forget_cached(self.final / name)
         return folder.damage(self.final, list(written), written)
 
-    def _let_go(self, reports: list[str | None]) -> str | None:
-        """On rank 0: delete older checkpoints if this one can be read."""
+    def _let_go(self, reports: list[str | None]) -> tuple[str | None, str | None]:
+        """On rank 0: delete older checkpoints if this one can be read. What is wrong with it, and what else is."""
         bad = next((report for report in reports if report is not None), None)
         if bad is not None:
-            return f"{bad}: this checkpoint does not read back as it was written; older ones are kept. Look at the disk"
+            return f"{bad}: this checkpoint does not read back as it was written; look at the disk", None
         rule = self._retention
         try:
             folder.prune(self.final.parent, rule.keep, {*rule.protected, _step(self.final)}, rule.every)
         except folder.failures(self.final) as error:
-            return f"{self.final.parent}: an older checkpoint cannot be deleted: {folder.reason(error)}"
-        return None
+            return None, f"{self.final.parent}: an older checkpoint cannot be deleted: {folder.reason(error)}"
+        return None, None
 
 
 def _by_file(pieces: Mapping[str, Piece]) -> list[dict[str, Piece]]:

@@ -95,7 +95,6 @@ def _selective() -> Any:
 
 
 def _keep(_: Any, operator: Callable[..., Any], *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    name = str(operator)
-    return (
-        CheckpointPolicy.MUST_SAVE if (name.rpartition(".")[0] or name) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    name = str(operator)  # "aten.mm.default", but "flex_attention" for a higher-order one
+    kept = name in KEPT or name.rpartition(".")[0] in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

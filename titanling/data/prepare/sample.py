@@ -53,13 +53,15 @@ class Sample:
 
     A source that is larger than its share gives pieces from all over it, chosen by `seed`; a smaller one is
     repeated. With `each`, every source gives `max_bytes`, or what it has. Iterating yields pieces of documents.
-    Raises `UserError` for a source without text, when it is opened or met.
+    Raises `UserError` for a `max_bytes` below 1, and for a source without text, when it is opened or met.
 
     Attributes: `sources`; `shares`, the normalised weights; `bytes`, the size of each source's files; `quotas`, the
     bytes that each may give.
     """
 
-    def __init__(self, sources: Sequence[Source], max_bytes: int, seed: int = 0, each: bool = False) -> None:
+    def __init__(self, sources: Sequence[Source], max_bytes: float, seed: int = 0, each: bool = False) -> None:
+        if not 1 <= max_bytes < math.inf:
+            raise UserError(f"--max-bytes {max_bytes:g}: must be 1 or more")
         self.sources = list(sources)
         self._seed = seed
         self._files = [_find(source) for source in sources]
@@ -67,6 +69,7 @@ class Sample:
         for source, size in zip(self.sources, self.bytes, strict=True):
             if not size:
                 raise _no_text(source)
+        max_bytes = int(max_bytes)
         total = min(max_bytes, sum(self.bytes))
         weight = math.fsum(source.weight for source in sources)
         self.shares = [source.weight / weight for source in sources]
