@@ -4,9 +4,9 @@ A token's position in its document says where that document begins: `starts` = i
 position. A query sees the keys from there to its own place, and nothing of other documents. Nothing else is needed, so
 a rank that holds a part of the sequence can do the same with the positions of its part.
 
-On a CPU each document is attended to by itself, with torch's flash kernel: another document's tokens cannot change a
-bit of it, and the work that the mask saves is not done. On a GPU FlexAttention leaves out the blocks that no query
-sees. Elsewhere the mask is written out.
+On a CPU each document is attended to by itself, or with its neighbours if they are short, with torch's flash kernel:
+another document's tokens cannot change a bit of it, and the work that the mask saves is not done. On a GPU
+FlexAttention leaves out the blocks that no query sees. Elsewhere the mask is written out.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BLOCK = 128
 """Queries and keys in one block of FlexAttention."""
 FLEX_MIN_HEAD_DIM = 16
+JOINED = 128
+"""Queries of short documents that the CPU's kernel takes together."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -110,13 +112,13 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Run(NamedTuple):
-    """Consecutive queries of one document, and the keys that they see."""
+    """Consecutive queries of one document, or of several short ones, and the keys that they see."""
 
     row: slice
     queries: slice
     keys: slice
     mask: Tensor | None
-    """To be added to the scores where the document begins before the run; otherwise it is causal."""
+    """To be added to the scores where they are not merely causal."""
 
 
 def _runs(starts: Tensor, places: Tensor, dtype: torch.dtype) -> Iterator[_Run]:
@@ -124,15 +126,33 @@ def _runs(starts: Tensor, places: Tensor, dtype: torch.dtype) -> Iterator[_Run]:
     begins = torch.ones_like(starts, dtype=torch.bool)
     begins[:, 1:] = (starts.diff() != 0) | (places.diff() != 1)
     firsts = begins.flatten().nonzero().flatten()
-    found = torch.stack((firsts, starts.flatten()[firsts], places[firsts % seq])).T.tolist()
-    ends = [first for first, _, _ in found[1:]] + [batch * seq]
-    for (first, start, place), end in zip(found, ends, strict=True):
-        row, query, length = first // seq, first % seq, end - first
-        mask = None
-        if place > start:
-            unseen = torch.ones(length, place - start + length, dtype=torch.bool).triu(place - start + 1)
-            mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-        yield _Run(slice(row, row + 1), slice(query, query + length), slice(start, place + length), mask)
+    found = torch.stack((firsts // seq, firsts % seq, starts.flatten()[firsts], places[firsts % seq])).T.tolist()
+    for row, first, length, start, place, alone in _join(found, seq):
+        queries, keys, mask = slice(first, first + length), slice(start, place + length), None
+        if place > start or not alone:
+            key = torch.arange(keys.start, keys.stop)
+            seen = (starts[row, queries, None] <= key) & (key <= places[queries, None])
+            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        yield _Run(slice(row, row + 1), queries, keys, mask)
+
+
+def _join(found: list[list[int]], seq: int) -> list[tuple[int, int, int, int, int, bool]]:
+    """(row, first query, length, start, place, whether of one document) of runs; found: (row, first, start, place).
+
+    Whole documents that are neighbours are joined up to JOINED queries: a call of the kernel costs more than the scores
+    that a mask then takes away.
+    """
+    joined: list[tuple[int, int, int, int, int, bool]] = []
+    for (row, first, start, place), after in zip(found, [*found[1:], None], strict=True):
+        length = (after[1] if after and after[0] == row else seq) - first
+        if joined and start == place:
+            other, begin, before, *where, _ = joined[-1]
+            follows = other == row and where == [place - before, place - before]
+            if follows and before + length <= JOINED:
+                joined[-1] = (row, begin, before + length, where[0], where[1], False)
+                continue
+        joined.append((row, first, length, start, place, True))
+    return joined
 
 
 def _like(x: Tensor) -> Tensor:
