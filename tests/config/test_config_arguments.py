@@ -44,6 +44,7 @@ DEBUG = ROOT / "train_configs" / "debug.toml"
         (["--compile.components=[]"], {"compile.components": []}),
         (["--data.prepare.vocab_size", "400"], {"data.prepare.vocab_size": 400}),
         (["--training.steps", "3", "--training.steps", "4"], {"training.steps": 4}),
+        (["--data.stages.0.from_step", "3"], {"data.stages.0.from_step": 3}),
     ],
 )
 def test_overrides(words: list[str], overrides: dict[str, Any]) -> None:
@@ -70,6 +71,13 @@ def test_the_other_words() -> None:
         (["train"], "'train': expected --config FILE or --table.key value"),
         (["training.steps=3"], "expected --config FILE or --table.key value"),
         (["--data.prepare", "3"], "must be a table, [data.prepare]"),
+        (
+            ["--data.stages.from_step", "3"],
+            "say which, --data.stages.0.from_step for the",
+        ),
+        (["--data.stages.0.from_step", "3"], "there are 0 [[data.stages]], counted from 0"),
+        (["--data.stages.0.from_steps", "3"], "unknown key from_steps in [data.stages]; did you mean from_step"),
+        (["--data.0.train", "x"], "there is one [data]; use --data.train"),
     ],
 )
 def test_refused_words(tmp_path: Path, words: list[str], says: str) -> None:

@@ -282,3 +282,35 @@ def test_files_and_overrides_resolve_alike(tmp_path: Path) -> None:
     flat = {"training.steps": 3, "data.prepare.text": ["a b", 'c"d'], "optimizer.lr": 1}
     from_file = load_config(write(tmp_path, "a.toml", tomli_w.dumps(tree))).config
     assert from_file == load_config(write(tmp_path, "b.toml", ""), flat).config
+
+
+MIXED = """
+[data]
+sources = [{name = "x", paths = ["x"], weight = 1}, {name = "y", paths = ["y"]}]
+stages = [{from_step = 9, weights = {y = 1}}, {from_step = 19, weights = {x = 1}}]
+"""
+
+
+def test_the_later_of_two_ways_to_give_data_holds(tmp_path: Path) -> None:
+    write(tmp_path, "one.toml", '[data]\ntrain = "t"\n[data.prepare]\ntext = ["t"]\nvocab_size = 400')
+    write(tmp_path, "mixed.toml", MIXED)
+    data = load_config(write(tmp_path, "a.toml", 'extends = "one.toml"' + MIXED)).config.data
+    assert (data.train, len(data.sources), data.prepare.text, data.prepare.vocab_size) == (None, 2, (), 400)
+    data = load_config(write(tmp_path, "b.toml", 'extends = ["mixed.toml", "one.toml"]')).config.data
+    assert (data.train, data.sources, data.stages) == ("t", (), ())
+    data = load_config(tmp_path / "mixed.toml", {"data.train": "u"}).config.data
+    assert (data.train, data.sources, data.stages) == ("u", (), ())
+    assert "keep one of the two" in refusal(write(tmp_path, "d.toml", MIXED.replace("[data]", '[data]\ntrain = "t"')))
+    assert "d.toml" in refusal(tmp_path / "d.toml")
+
+
+def test_one_of_several_tables_is_changed_by_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", MIXED)
+    loaded = load_config(path, {"data.stages.1.from_step": 12, "data.sources.0.max_epochs": 2.0})
+    assert [stage.from_step for stage in loaded.config.data.stages] == [9, 12]
+    assert [source.max_epochs for source in loaded.config.data.sources] == [2.0, None]
+    assert "command line: data.stages.from_step = 0: must be at least 1" in refusal(
+        path, {"data.stages.0.from_step": 0}
+    )
+    assert "there are 2 [[data.stages]]" in refusal(path, {"data.stages.2.from_step": 5})
+    assert "data.stages = 3: must be a list" in refusal(write(tmp_path, "b.toml", "[data]\nstages = 3"), {})

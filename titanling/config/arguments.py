@@ -4,7 +4,16 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 import tomli
 
-from titanling.config.load import COMMAND_LINE, Tree, is_key, is_repeated, known_tables, nearest, unknown_key
+from titanling.config.load import (
+    COMMAND_LINE,
+    Tree,
+    is_key,
+    is_repeated,
+    known_tables,
+    nearest,
+    unknown_key,
+    without_places,
+)
 from titanling.config.torchtitan import is_torchtitan_key
 from titanling.errors import UserError
 
@@ -23,6 +32,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     """Parse `--config FILE`, `--print-config`, `--dry-run`, `--help`, and overrides: `--table.key value` or `=value`.
 
     A value is a TOML scalar or array; text for a string key needs no quotes; a boolean key alone means true.
+    In a table that may come several times, the place comes before the key: --data.stages.0.from_step is the first's.
     Raises UserError for anything else.
     """
     config, overrides, flags = None, {}, set()
@@ -55,11 +65,17 @@ def _next(rest: list[str], word: str) -> str:
 def _annotation(dotted: str) -> Any:
     if is_torchtitan_key(dotted):
         return Any
-    if not is_key(dotted):
-        raise UserError(f"{COMMAND_LINE}: --{dotted}: {unknown_key(dotted)}")
-    table, _, key = dotted.rpartition(".")
-    if is_repeated(table):
-        raise UserError(f"{COMMAND_LINE}: --{dotted}: there may be several [[{table}]]; set it in the file")
+    if not is_key(without_places(dotted)):
+        raise UserError(f"{COMMAND_LINE}: --{dotted}: {unknown_key(without_places(dotted))}")
+    given, _, key = dotted.rpartition(".")
+    table = without_places(given)
+    placed = given.removeprefix(f"{table}.").isdecimal() and given != table
+    if is_repeated(table) and not placed:
+        raise UserError(
+            f"{COMMAND_LINE}: --{dotted}: there may be several [[{table}]]; say which, --{table}.0.{key} for the first"
+        )
+    if placed and not is_repeated(table):
+        raise UserError(f"{COMMAND_LINE}: --{dotted}: there is one [{table}]; use --{table}.{key}")
     return known_tables()[table].model_fields[key].annotation
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -39,9 +40,10 @@ def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig
     out of range, and a torchtitan feature that titanling lacks.
     """
     tree, origins = _read(Path(path), ())
+    _make_way(tree, overrides or {})
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
-        origins[dotted] = COMMAND_LINE
+        origins[without_places(dotted)] = COMMAND_LINE
     refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
     try:
         return LoadedConfig(Config.model_validate(tree), origins, str(path))
@@ -100,6 +102,11 @@ def is_repeated(table: str) -> bool:
     return not _is_table((known_tables()[outer] if outer else Config).model_fields[key].annotation)
 
 
+def without_places(dotted: str) -> str:
+    """A dotted key without the places in lists of tables: data.stages.0.from_step is of data.stages.from_step."""
+    return ".".join(part for part in dotted.split(".") if not part.isdecimal())
+
+
 def is_key(dotted: str) -> bool:
     """Whether the schema has this dotted key."""
     table, _, key = dotted.rpartition(".")
@@ -129,10 +136,30 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[Tree, dict[str, str]]:
     origins: dict[str, str] = {}
     for base in bases:
         base_tree, base_origins = _read(path.parent / base, (*above, resolved))
-        _merge(merged, base_tree)
+        _lay_over(merged, base_tree)
         origins |= base_origins
-    _merge(merged, tree)
+    _lay_over(merged, tree)
     return merged, origins | {key: str(path) for key in _leaves(tree)}
+
+
+def _lay_over(base: Tree, tree: Tree) -> None:
+    """Merge a file's tree into that of the files before it."""
+    _make_way(base, _leaves(tree))
+    _merge(base, tree)
+
+
+def _make_way(base: Tree, later: Iterable[str]) -> None:
+    """Drop the one way of giving data where `later`, the keys of a later file or of the command line, has the other."""
+    data = base.get("data")
+    if not isinstance(data, dict):
+        return
+    if "data.train" in later:
+        data.pop("sources", None)
+        data.pop("stages", None)
+    if "data.sources" in later:
+        data.pop("train", None)
+        if isinstance(data.get("prepare"), dict):
+            data["prepare"].pop("text", None)  # which would make data.train
 
 
 def _merge(into: Tree, other: Tree) -> None:
@@ -154,13 +181,18 @@ def _leaves(tree: Tree, prefix: str = "") -> list[str]:
 
 def _set(tree: Tree, dotted: str, value: Any) -> None:
     *tables, key = dotted.split(".")
-    for table in tables:
-        inner = tree.setdefault(table, {})
-        if not isinstance(inner, dict):
-            # The file has a scalar where a table belongs; leave it for the schema to refuse.
-            return
-        tree = inner
-    tree[key] = value
+    inner: Any = tree
+    for depth, table in enumerate(tables):
+        if isinstance(inner, list) and table.isdecimal():
+            if int(table) >= len(inner):
+                name = ".".join(tables[:depth])
+                raise UserError(f"{COMMAND_LINE}: --{dotted}: there are {len(inner)} [[{name}]], counted from 0")
+            inner = inner[int(table)]
+        elif isinstance(inner, dict):
+            place = depth + 1 < len(tables) and tables[depth + 1].isdecimal()
+            inner = inner.setdefault(table, [] if place else {})
+    if isinstance(inner, dict):  # else the file has a scalar where a table belongs; the schema will refuse it
+        inner[key] = value
 
 
 def _origin(origins: dict[str, str], dotted: str, default: str) -> str:
