@@ -4,9 +4,13 @@ A file of random tokens is written first and read once, so that it is in the pag
 loops over the same windows in the same order take turns: one copies the raw tokens, one also makes the loader's int64
 inputs and labels. Resuming is timed from nothing to the first batch, at sample 0 and at sample 10⁹. Free disk needed:
 2 bytes a token.
+
+Then --text, by default the standard library, a document a file, is packed by best fit: read through the loader in turn
+with concat, and its padding counted.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -19,9 +23,12 @@ from harness import machine, say, write_json
 from rich.console import Console
 from rich.table import Table
 
+from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, IndexedWriter, write_sidecar
 from titanling.data.loader import build_loader
 from titanling.data.mixture import Mixture, Span
+from titanling.data.packing import PackedSource
+from titanling.data.prepare.run import prepare
 from titanling.data.sources import MixedSource, WindowSource
 
 EXAMPLE = "example: python benchmarks/loader.py --tokens 500_000_000 --json results.json"
@@ -32,6 +39,8 @@ SEQ_LEN, BATCH = 2048, 8
 SOURCES = 28
 FAR = 10**9
 TARGET_SPEED, TARGET_RESUME = 50e6, 0.010
+PACKED_SEQ_LENS, WINDOW = (512, 2048), 256
+TARGET_PACKED, TARGET_PADDING = 10e6, 0.08
 
 
 def main() -> None:
@@ -41,12 +50,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2000, help="batches of 8 × 2048 in a turn (default 2000)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--resumes", type=int, default=50, help="resumes at each sample (default 50)")
+    parser.add_argument("--packed-tokens", type=int, default=30_000_000, help="read packed (default 30_000_000)")
+    parser.add_argument("--text", default="python-stdlib", help="what is packed, as data.prepare.text")
     parser.add_argument("--folder", help="where the file is made for the time being (default: the temporary folder)")
     parser.add_argument("--json", metavar="OUT", help="also write the results here")
     parser.add_argument("--smoke", action="store_true", help="seconds: a small file, few batches")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.tokens, arguments.batches, arguments.rounds, arguments.resumes = 2_000_000, 50, 2, 3
+        arguments.packed_tokens, arguments.text = 100_000, str(Path(json.__file__).parent)
     results: dict[str, Any] = {"benchmark": "loader", "machine": machine(), "settings": vars(arguments)}
     with tempfile.TemporaryDirectory(prefix="titanling-benchmark-", dir=arguments.folder) as folder:
         prefix = str(Path(folder) / "tokens")
@@ -58,7 +70,9 @@ def main() -> None:
         results["speed"] = measure_speed(dataset, prefix, arguments.batches, arguments.rounds)
         results["resume"] = measure_resume(dataset, arguments.resumes)
         dataset.close()
+        results["packing"] = measure_packing(folder, arguments.text, arguments.packed_tokens, arguments.rounds)
     report(results["speed"], results["resume"])
+    report_packing(results["packing"])
     write_json(arguments.json, results)
 
 
@@ -144,6 +158,64 @@ def state_at(dataset: IndexedDataset, sample: int) -> dict[str, Any]:
     state = loader.state_dict()
     loader.dataset.close()
     return state
+
+
+def measure_packing(folder: str, text: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Of each seq_len: tokens/s through the loader, packed and not, in turns; padding; documents kept whole."""
+    say(f"preparing {text}")
+    prefix = str(Path(folder) / "text")
+    settings = Prepare(text=(text,), vocab_size=8192, validation_fraction=0.01)
+    prepare(settings, prefix, f"{prefix}-held-out", f"{prefix}-tokenizer")
+    return {str(seq_len): measure_packed(prefix, seq_len, tokens, rounds) for seq_len in PACKED_SEQ_LENS}
+
+
+def measure_packed(prefix: str, seq_len: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """The same of one seq_len. Seconds to find one sample that is far away, nothing packed before, too."""
+    dataset = IndexedDataset(prefix)
+
+    def packed() -> PackedSource:
+        return PackedSource([dataset], seq_len, SEED, "train", WINDOW, masked=True)
+
+    ways = {"best_fit": packed, "concat": lambda: WindowSource([dataset], seq_len, SEED)}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            loader = build_loader(way(), BATCH)
+            for _, _ in zip(range(tokens // (BATCH * seq_len)), loader, strict=False):
+                pass
+            speeds[name].append(tokens / (time.perf_counter() - start))
+    seeks = []
+    for sample in range(FAR, FAR + 20):
+        start = time.perf_counter()
+        packed().batch(np.array([sample]))
+        seeks.append(time.perf_counter() - start)
+    source = packed()
+    parts = [part for window in range(source.num_windows) for part in source.parts(window)]
+    sizes = [len(dataset.document_range(number)) for number in range(dataset.num_documents)]
+    dataset.close()
+    return {
+        "tokens_per_second": speeds,
+        "ratio_to_concat": statistics.median(speeds["best_fit"]) / statistics.median(speeds["concat"]),
+        "padding": 1 - source.num_tokens / (source.num_windows * seq_len),
+        "parts": len(parts),
+        "parts_needed": sum(-(-size // seq_len) for size in sizes),
+        "seek_seconds": statistics.median(seeks),
+    }
+
+
+def report_packing(found: dict[str, Any]) -> None:
+    """Print the medians of each seq_len."""
+    console = Console(highlight=False)
+    for seq_len, result in found.items():
+        speed, bare = (statistics.median(result["tokens_per_second"][way]) for way in ("best_fit", "concat"))
+        console.print(
+            f"packed by best fit, seq_len {seq_len}: {speed / 1e6:.0f} M tokens/s, concat {bare / 1e6:.0f}"
+            f" ({result['ratio_to_concat']:.2f} ×; {speed / TARGET_PACKED:.1f} × the target of"
+            f" {TARGET_PACKED / 1e6:.0f}), padding {100 * result['padding']:.2f} % (target {100 * TARGET_PADDING:.0f}),"
+            f" {result['parts']:,} parts where {result['parts_needed']:,} are least, sample 10⁹ after"
+            f" {1e3 * result['seek_seconds']:.1f} ms (target {1e3 * TARGET_RESUME:.0f})"
+        )
 
 
 def report(speed: dict[str, Any], resume: dict[str, Any]) -> None:

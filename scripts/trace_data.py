@@ -83,7 +83,7 @@ def print_step(source: "MixedSource", step: int, sequences: int, tokenizer: str 
         parts = ", ".join(f"{p.source}:{p.document} [{p.first}–{p.first + p.tokens - 1}]" for p in found)
         print(f"step {step}  sequence {sample}  {parts}")
         if text is not None:
-            ids = source.read(np.array([sample]))[0, :-1].tolist()
+            ids = source.batch(np.array([sample]))["input_ids"][0, : sum(piece.tokens for piece in found)].tolist()
             lines = text.decode(ids, skip_special_tokens=False).splitlines()
             print("\n".join(f"    {cli.escape_controls(line)}" for line in lines))
 

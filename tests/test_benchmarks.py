@@ -93,6 +93,8 @@ def test_loader_reports_speed_and_resume(tmp_path: Path) -> None:
     assert all(len(found) == 2 and min(found) > 0 for found in speeds.values())
     resume = results["resume"]
     assert resume["difference"] == resume["seconds_at_1e9"] - resume["seconds_at_0"]
+    for packed in results["packing"].values():
+        assert 0 <= packed["padding"] < 1 and 0 < packed["parts_needed"] <= packed["parts"]
 
 
 def test_memory_reports_peaks(tmp_path: Path) -> None:

@@ -60,13 +60,14 @@ def test_every_window_of_every_file_once_an_epoch(mixed: MixedSource) -> None:
 
 
 def test_samples_of_a_run_come_from_the_stages_sources(mixed: MixedSource) -> None:
-    rows = mixed.read(np.arange(5000))
+    batch = mixed.batch(np.arange(5000))
+    rows = batch["input_ids"]
     files = rows[:, 0] // 1000
-    assert np.all(rows == rows[:, :1] + np.arange(SEQ_LEN + 1))
+    assert np.all(rows == rows[:, :1] + np.arange(SEQ_LEN)) and np.array_equal(batch["labels"], rows + 1)
     assert set(files[:24]) == {0, 3} and set(files[24:50]) == {0, 1, 2} and set(files[50:]) == {1, 2, 3}
     shares = np.bincount(files[50 : 50 + 4096], minlength=4) / 4096
     assert shares[3] == 0.75 and shares[0] == 0
-    assert np.array_equal(mixed.read(np.array([4321, 7, 4999])), rows[[4321, 7, 4999]])
+    assert np.array_equal(mixed.batch(np.array([4321, 7, 4999]))["input_ids"], rows[[4321, 7, 4999]])
 
 
 def test_tokens_of_every_sample_are_those_of_its_documents(mixed: MixedSource) -> None:
@@ -74,7 +75,7 @@ def test_tokens_of_every_sample_are_those_of_its_documents(mixed: MixedSource) -
     for sample in [*range(200), 10**9]:
         parts = pieces(mixed, sample)
         read = [data[p.prefix].document(_local(mixed, p))[p.first : p.first + p.tokens] for p in parts]
-        assert np.array_equal(np.concatenate(read), mixed.read(np.array([sample]))[0, :-1])
+        assert np.array_equal(np.concatenate(read), mixed.batch(np.array([sample]))["input_ids"][0])
 
 
 def _local(mixed: MixedSource, piece: Any) -> int:

@@ -19,7 +19,8 @@ def check_resumable(
     check_model(path, state["model"], shape, "restore these, or use another job.dump_folder")
     if "stages" not in state["data"]:
         raise UserError(f"{path}: was saved before runs had sources; convert its weights, or use that version to go on")
-    before, now = (_read_so_far(each, state["tokens_seen"]) for each in (state["data"], data))
+    then = {"packing": "concat"} | state["data"]  # as it was before there was a choice
+    before, now = (_read_so_far(each, state["tokens_seen"]) for each in (then, data))
     if before["stages"] != now["stages"]:
         raise UserError(
             f"{path}: data.stages: up to step {state['step']:,} it read {_stages(before)}, and this config says"

@@ -464,7 +464,7 @@ class Source(Table):
     weight: float | None = Field(None, gt=0)
     """Share of the sequences, in proportion to the others. Unset: read only in stages that name it."""
     max_epochs: float | None = Field(None, gt=0)
-    """Refuse a run that would read it more often than this. Unset: warn beyond 4."""
+    """Refuse a run that would read it more often than this. Unset: say so beyond 4."""
 
 
 class Stage(Table):
@@ -502,6 +502,12 @@ class Data(Table):
     alone, also in validation: attention stays within it, positions restart with it, and its end-of-document token has
     no label, which would be the next one's first token. (Megatron's --reset-attention-mask, --reset-position-ids and
     --eod-mask-loss in one; torchtitan keeps that label.)"""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How training sequences are made. "concat": the stream of tokens is cut every seq_len tokens. "best_fit":
+    documents are cut where they are longer than seq_len, and put together so that sequences are full; less than one in
+    a hundred is cut otherwise. With document_mask = "causal", each part is a document of its own."""
+    packing_window: int = Field(256, ge=16)
+    """Sequences that are packed together by best_fit, at least. Padding stays below 1 / packing_window."""
     prepare: Prepare = Prepare()
     """[data.prepare]"""
 

@@ -19,12 +19,12 @@ def document_positions(input_ids: Tensor, eod_id: int) -> Tensor:
 
 
 def separate_documents(batch: Batch, eod_id: int | None) -> Batch:
-    """The batch with `positions`, and no label where a document ends; with no eod_id, the batch as it is.
+    """The batch with `positions`, and no label where a document ends; as it is with no eod_id, or if it has them.
 
     Labels are one token ahead already: an end-of-document token's is the first token of the next document, of which
     nothing in this one tells.
     """
-    if eod_id is None:
+    if eod_id is None or "positions" in batch:
         return batch
     ended = batch["input_ids"] == eod_id
     return batch | {

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import struct
-import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from titanling.data.tokenfile import TokenFile
 from titanling.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -37,51 +37,6 @@ PREPARE_AGAIN = "delete the three files of this prefix and prepare them again (s
 def dtype_code(vocab_size: int) -> int:
     """Megatron's choice: 8 (uint16) for a vocabulary below 65,500, else 4 (int32)."""
     return 8 if vocab_size < 65500 else 4
-
-
-class TokenFile:
-    """Random access to the raw little-endian tokens of one file, through a descriptor that threads may share (`pread`).
-
-    The tokens begin `offset` bytes into the file and reach to its end, which the caller has checked.
-
-    Attributes: `num_tokens`; `dtype`.
-    """
-
-    def __init__(self, path: str, dtype: np.dtype, offset: int = 0) -> None:
-        self._bin_path = path
-        self._offset = offset
-        self.dtype = dtype
-        self.num_tokens = (os.path.getsize(path) - offset) // dtype.itemsize
-        self._fd = os.open(path, os.O_RDONLY)
-        if sys.platform == "linux":  # macOS has no fadvise
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start … start + count - 1` of the flat stream: (count,), in the file's dtype."""
-        return self.read_rows(np.array([start]), count)[0]
-
-    def read_rows(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """`count` tokens from each offset of `starts` (rows,) in the flat stream: (rows, count), in the file's dtype.
-
-        Raises IndexError beyond the stream, `UserError` if the file has shrunk since it was opened.
-        """
-        if len(starts) and (int(starts.min()) < 0 or int(starts.max()) + count > self.num_tokens):
-            raise IndexError(f"{self._bin_path}: token range outside the {self.num_tokens} tokens of the file")
-        rows = np.empty((len(starts), count), self.dtype)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            if os.preadv(self._fd, [row], self._offset + start * self.dtype.itemsize) != row.nbytes:
-                raise UserError(f"{self._bin_path}: became shorter while in use; make it again")
-        return rows
-
-    def close(self) -> None:
-        """Close the file; later reads fail. Closing twice is allowed."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        if hasattr(self, "_fd"):  # __init__ may have raised before opening
-            self.close()
 
 
 class IndexedDataset(TokenFile):
@@ -136,6 +91,14 @@ class IndexedDataset(TokenFile):
             raise IndexError(f"{self._bin_path}: offset {offset} outside the {self.num_tokens} tokens of the file")
         sequence = np.searchsorted(self._pointers, offset * self.dtype.itemsize, side="right") - 1
         return int(np.searchsorted(self._documents, sequence, side="right")) - 1
+
+    def document_starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin behind offset `begin` and before `end`: int64 offsets, in order."""
+        width = self.dtype.itemsize
+        first = np.searchsorted(self._pointers, begin * width, side="right")
+        last = np.searchsorted(self._pointers, end * width)
+        documents = self._documents[np.searchsorted(self._documents, first) : np.searchsorted(self._documents, last)]
+        return np.unique(self._pointers[documents]) // width
 
 
 def _read_header(path: str) -> tuple[int, int, int]:

@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.sources import MixedSource, WindowSource, count_windows
+from titanling.data.packing import Arrays
+from titanling.data.sources import MixedSource, WindowSource, count_windows, whole_batch
 from titanling.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
@@ -34,8 +35,9 @@ class BatchStream(IterableDataset):
     Micro-batch after micro-batch, all ranks together take the next `local_batch_size × dp_world` samples, rank r the
     r-th `local_batch_size` of them: the order of the samples depends neither on the world size nor on accumulation.
 
-    Yields {"input_ids", "labels"}: int64 CPU tensors (local_batch_size, seq_len), labels one token ahead. The next
-    batches are read by one daemon thread, which ends with its iterator; what it raises is raised by the iterator.
+    Yields {"input_ids", "labels"}: int64 CPU tensors (local_batch_size, seq_len), labels one token ahead; packed with
+    document masks, also their "positions". The next batches are read by one daemon thread, which ends with its
+    iterator; what it raises is raised by the iterator.
     """
 
     def __init__(
@@ -54,12 +56,12 @@ class BatchStream(IterableDataset):
         self.close()
         prefetcher = self._prefetcher = _Prefetcher(self._read_from(self.samples))
         try:
-            for inputs, labels in prefetcher:
-                for pair in zip(inputs, labels, strict=True):
+            for read in prefetcher:
+                for arrays in zip(*read.values(), strict=True):
                     if prefetcher.closed:
                         return
                     self.samples += self.local_batch_size * self.dp_world
-                    yield {"input_ids": torch.from_numpy(pair[0]), "labels": torch.from_numpy(pair[1])}
+                    yield dict(zip(read, map(torch.from_numpy, arrays), strict=True))
         finally:
             prefetcher.close()
 
@@ -78,8 +80,8 @@ class BatchStream(IterableDataset):
             self._prefetcher.close()
             self._prefetcher = None
 
-    def _read_from(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Inputs and labels of several micro-batches at a time, both (batches, local_batch_size, seq_len)."""
+    def _read_from(self, first: int) -> Iterator[Arrays]:
+        """Several micro-batches at a time: arrays (batches, local_batch_size, seq_len)."""
         stride = self.local_batch_size * self.dp_world
         rows = min(READ_ROWS, READ_TOKENS // self.source.seq_len)
         batches = max(1, rows // self.local_batch_size)
@@ -87,8 +89,7 @@ class BatchStream(IterableDataset):
         block = (begins[:, None] + np.arange(self.local_batch_size)).reshape(-1)
         shape = (batches, self.local_batch_size, self.source.seq_len)
         while True:
-            inputs, labels = _split(self.source.read(first + block))
-            yield inputs.reshape(shape), labels.reshape(shape)
+            yield {name: array.reshape(shape) for name, array in self.source.batch(first + block).items()}
             first += stride * batches
 
 
@@ -131,14 +132,9 @@ def _validation_rows(
     for first in range(0, len(starts), local_batch_size * dp_world):
         rows = first + dp_rank * local_batch_size + np.arange(local_batch_size)
         beyond = rows >= len(starts)
-        inputs, labels = _split(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
-        labels[beyond] = IGNORE_INDEX
-        yield {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
-
-
-def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, seq_len + 1) tokens as contiguous int64 inputs and labels, both (rows, seq_len)."""
-    return tokens[:, :-1].astype(np.int64, order="C"), tokens[:, 1:].astype(np.int64, order="C")
+        batch = whole_batch(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
+        batch["labels"][beyond] = IGNORE_INDEX
+        yield {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class _Failure:

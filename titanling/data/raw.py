@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from titanling.data.indexed import IndexedDataset, TokenFile
+from titanling.data.indexed import IndexedDataset
+from titanling.data.tokenfile import TokenFile
 from titanling.errors import UserError
 
 DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from titanling.config.schema import Data, Source
 from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, read_sidecar
 from titanling.data.mixture import Mixture, Span, whole_weights
 from titanling.data.order import Permutation, order_key
+from titanling.data.packing import Arrays, PackedSource, Part, packed_batch
 from titanling.errors import UserError
 
 ONLY = "train"
@@ -38,20 +39,14 @@ def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
     return windows
 
 
-class Window(NamedTuple):
-    """Where a window lies."""
-
-    dataset: IndexedDataset
-    start: int
-    """Offset of its first token in the dataset's flat stream."""
-
-
 class WindowSource:
     """The endless sample order over one source, of one dataset or several.
 
     Each dataset's flat token stream is cut into windows of `seq_len` tokens (plus one for the last label), of which
     there are `num_windows` in all; every epoch visits each once, in an order keyed by (seed, name, epoch).
     """
+
+    packing = "concat"
 
     def __init__(self, datasets: Sequence[IndexedDataset], seq_len: int, seed: int, name: str = ONLY) -> None:
         self.datasets = tuple(datasets)
@@ -76,6 +71,10 @@ class WindowSource:
         """The sample of the source that shows `window` in `epoch` (0, 1, …): the inverse of `window_of`."""
         return epoch * self.num_windows + self._permutation(epoch).inverse(window)
 
+    def batch(self, samples: np.ndarray) -> Arrays:
+        """The batch of samples (rows,) of the source, as `whole_batch`."""
+        return whole_batch(self.read(samples))
+
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of samples (rows,) of the source: (rows, seq_len + 1) in the widest of the files' dtypes."""
         return self.read_windows(self.window_of(samples))
@@ -91,11 +90,11 @@ class WindowSource:
             tokens[files == file] = self.datasets[file].read_rows(starts[files == file], self.seq_len + 1)
         return tokens
 
-    def place(self, window: int) -> Window:
-        """Where a window lies."""
+    def parts(self, window: int) -> list[Part]:
+        """The one part of a dataset that a window is."""
         file = bisect_right(self._file_ends, window)
         before = self._file_ends[file - 1] if file else 0
-        return Window(self.datasets[file], (window - before) * self.seq_len)
+        return [Part(self.datasets[file], (window - before) * self.seq_len, self.seq_len)]
 
     def windows_of(self, dataset: int, first: int, last: int) -> range:
         """The windows in which tokens `first` … `last` of a dataset are inputs."""
@@ -115,29 +114,41 @@ def _order(windows: int, seed: int, name: str, epoch: int) -> Permutation:
 class MixedSource:
     """The samples of a run: sample i is a pure function of (the files, seq_len, seed, the stages, i)."""
 
-    def __init__(self, sources: Sequence[WindowSource], mixture: Mixture) -> None:
-        """`sources` in the order of the mixture, all of the same seq_len."""
+    def __init__(self, sources: Sequence[WindowSource] | Sequence[PackedSource], mixture: Mixture) -> None:
+        """`sources` in the order of the mixture, all of the same kind and seq_len."""
         self.sources = tuple(sources)
         self.mixture = mixture
         self.seq_len = sources[0].seq_len
         self.dtype = np.result_type(*{dataset.dtype for source in sources for dataset in source.datasets})
 
-    def read(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of samples (rows,) of the run: (rows, seq_len + 1) in the widest of the files' dtypes."""
+    def batch(self, samples: np.ndarray) -> Arrays:
+        """The batch of samples (rows,) of the run, as `whole_batch`, or `packed_batch` if its sources are packed."""
         if len(self.sources) == 1:  # its samples are the run's
-            return self.sources[0].read(samples)
-        tokens = np.empty((len(samples), self.seq_len + 1), self.dtype)
+            return self.sources[0].batch(samples)
         sources, numbers = self.mixture.locate(samples)
         # One by one: few rows are of the same source, and for few numpy is slower.
-        for row, source, number in zip(tokens, sources.tolist(), numbers.tolist(), strict=True):
-            dataset, start = self.sources[source].place(self.sources[source].window_of(number))
+        found = [self.sources[source] for source in sources.tolist()]
+        places = [(source, source.window_of(number)) for source, number in zip(found, numbers.tolist(), strict=True)]
+        if isinstance(found[0], PackedSource):
+            return packed_batch(places)
+        tokens = np.empty((len(samples), self.seq_len + 1), self.dtype)
+        for row, (source, window) in zip(tokens, places, strict=True):
+            ((dataset, start, _),) = source.parts(window)
             row[:] = dataset.read(start, self.seq_len + 1)
-        return tokens
+        return whole_batch(tokens)
 
     def epochs(self, samples: int) -> list[float]:
         """How often each source is read in the run's first `samples`."""
         counts = self.mixture.counts(samples)
         return [count / source.num_windows for count, source in zip(counts, self.sources, strict=True)]
+
+
+def whole_batch(tokens: np.ndarray) -> Arrays:
+    """{"input_ids", "labels"}: contiguous int64 (rows, seq_len) of tokens (rows, seq_len + 1), labels one ahead."""
+    return {
+        "input_ids": tokens[:, :-1].astype(np.int64, order="C"),
+        "labels": tokens[:, 1:].astype(np.int64, order="C"),
+    }
 
 
 def sources_of(data: Data) -> tuple[Source, ...]:
@@ -174,10 +185,12 @@ def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSo
     or too short for one sequence; stages that begin together or not in order.
     """
     sources = sources_of(data)
-    opened = [
-        WindowSource([IndexedDataset(p) for p in prefixes_of(data, source)], seq_len, seed, source.name)
-        for source in sources
-    ]
+    files = [([IndexedDataset(p) for p in prefixes_of(data, source)], source.name) for source in sources]
+    if data.packing == "best_fit":
+        settings = data.packing_window, data.document_mask != "none"
+        opened = [PackedSource(datasets, seq_len, seed, name, *settings) for datasets, name in files]
+    else:
+        opened = [WindowSource(datasets, seq_len, seed, name) for datasets, name in files]
     return MixedSource(opened, Mixture(_spans(data, sources, seq_len, sequences), seed))
 
 
@@ -257,6 +270,7 @@ def identity(source: MixedSource) -> dict[str, Any]:
     """What the order of the samples depends on, for a checkpoint to be compared with: all JSON."""
     return {
         "seq_len": source.seq_len,
+        "packing": source.sources[0].packing,
         "seed": source.sources[0].seed,
         "sources": {
             windows.name: _hashes([read_sidecar(dataset.prefix) for dataset in windows.datasets])

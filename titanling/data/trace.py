@@ -3,12 +3,15 @@
 Nothing is logged for it: a sample's place is a function of the config, the same at any world size and after resuming.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import numpy as np
 
-from titanling.data.sources import MixedSource
+from titanling.data.packing import PackedSource
+from titanling.data.sources import MixedSource, WindowSource
 from titanling.errors import UserError
 
 
@@ -46,17 +49,16 @@ def samples_of_step(step: int, sequences: int) -> range:
 def pieces(source: MixedSource, sample: int) -> list[Piece]:
     """The documents that a sample's inputs are made of, in order."""
     (place,), (number,) = (array.tolist() for array in source.mixture.locate(np.array([sample])))
-    windows = source.sources[place]
-    window = windows.place(windows.window_of(number))
-    data, at, end = window.dataset, window.start, window.start + source.seq_len
-    earlier = _documents_before(source, place, windows.datasets.index(data))
+    windows, firsts = source.sources[place], _first_documents(source.sources[place])
     found = []
-    while at < end:
-        document = data.document_at(at)
-        there = data.document_range(document)
-        upto = min(end, there.stop)
-        found.append(Piece(windows.name, earlier + document, at - there.start, upto - at, data.prefix))
-        at = upto
+    for data, at, tokens in windows.parts(windows.window_of(number)):
+        earlier, end = firsts[windows.datasets.index(data)], at + tokens
+        while at < end:
+            document = data.document_at(at)
+            there = data.document_range(document)
+            upto = min(end, there.stop)
+            found.append(Piece(windows.name, earlier + document, at - there.start, upto - at, data.prefix))
+            at = upto
     return found
 
 
@@ -70,25 +72,29 @@ def sights(source: MixedSource, name: str, document: int, samples: int, sequence
         raise UserError(f'--document {name}:{document}: no source is named "{name}"; there are {", ".join(names)}')
     place = names.index(name)
     windows = source.sources[place]
-    file, local = 0, document
-    while file < len(windows.datasets) and local >= windows.datasets[file].num_documents:
-        local -= windows.datasets[file].num_documents
-        file += 1
-    if file == len(windows.datasets) or document < 0:
-        count = _documents_before(source, place, len(windows.datasets))
-        raise UserError(f'--document {name}:{document}: "{name}" has the documents 0 to {count - 1:,}')
-    there = windows.datasets[file].document_range(local)
+    firsts = _first_documents(windows)
+    if not 0 <= document < firsts[-1]:
+        raise UserError(f'--document {name}:{document}: "{name}" has the documents 0 to {firsts[-1] - 1:,}')
+    file = bisect_right(firsts, document) - 1
+    dataset = windows.datasets[file]
+    there = dataset.document_range(document - firsts[file])
     for window in windows.windows_of(file, there.start, there.stop - 1):
-        start = windows.place(window).start
-        first, last = max(start, there.start), min(start + source.seq_len, there.stop)
-        epoch = 0
-        while True:
-            sample = source.mixture.sample_of(place, windows.samples_of_window(window, epoch))
-            if sample is None or sample >= samples:
-                break
-            yield Sight(sample // sequences + 1, sample, epoch, first - there.start, last - first)
-            epoch += 1
+        for data, start, tokens in windows.parts(window):
+            first, last = max(start, there.start), min(start + tokens, there.stop)
+            if data is dataset and first < last:
+                for epoch, sample in enumerate(_samples(source, place, window, samples)):
+                    yield Sight(sample // sequences + 1, sample, epoch, first - there.start, last - first)
 
 
-def _documents_before(source: MixedSource, place: int, file: int) -> int:
-    return sum(dataset.num_documents for dataset in source.sources[place].datasets[:file])
+def _samples(source: MixedSource, place: int, window: int, samples: int) -> Iterator[int]:
+    """The samples that show a window of a source in a run of `samples`, epoch after epoch."""
+    for epoch in count():
+        sample = source.mixture.sample_of(place, source.sources[place].samples_of_window(window, epoch))
+        if sample is None or sample >= samples:
+            return
+        yield sample
+
+
+def _first_documents(windows: WindowSource | PackedSource) -> list[int]:
+    """The number of the first document of each file of a source, and behind the last the number of them all."""
+    return [0, *accumulate(dataset.num_documents for dataset in windows.datasets)]
