@@ -48,11 +48,11 @@ class BatchStream(IterableDataset):
         self.dp_world = dp_world
         self.samples = 0
         """Global samples handed out so far; prefetched ones do not count."""
-        self._prefetcher: _Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        prefetcher = self._prefetcher = _Prefetcher(self._read_from(self.samples))
+        prefetcher = self._prefetcher = Prefetcher(self._read_from(self.samples))
         try:
             for inputs, labels in prefetcher:
                 for pair in zip(inputs, labels, strict=True):
@@ -87,7 +87,7 @@ class BatchStream(IterableDataset):
         block = (begins[:, None] + np.arange(self.local_batch_size)).reshape(-1)
         shape = (batches, self.local_batch_size, self.source.seq_len)
         while True:
-            inputs, labels = _split(self.source.read(first + block))
+            inputs, labels = split(self.source.read(first + block))
             yield inputs.reshape(shape), labels.reshape(shape)
             first += stride * batches
 
@@ -131,12 +131,12 @@ def _validation_rows(
     for first in range(0, len(starts), local_batch_size * dp_world):
         rows = first + dp_rank * local_batch_size + np.arange(local_batch_size)
         beyond = rows >= len(starts)
-        inputs, labels = _split(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
+        inputs, labels = split(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
         labels[beyond] = IGNORE_INDEX
         yield {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
 
 
-def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows, seq_len + 1) tokens as contiguous int64 inputs and labels, both (rows, seq_len)."""
     return tokens[:, :-1].astype(np.int64, order="C"), tokens[:, 1:].astype(np.int64, order="C")
 
@@ -146,13 +146,13 @@ class _Failure:
         self.error = error
 
 
-class _Prefetcher:
-    """Iterates over `items` in a daemon thread, `PREFETCH` ahead, until closed, dropped or the interpreter exits."""
+class Prefetcher:
+    """Iterates over `items` in a daemon thread, so many `ahead`, until closed, dropped or the interpreter exits."""
 
-    def __init__(self, items: Iterator) -> None:
+    def __init__(self, items: Iterator, ahead: int = PREFETCH) -> None:
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(PREFETCH):
+        for _ in range(ahead):
             self._wanted.put(True)
         thread = threading.Thread(
             target=_produce, args=(items, self._wanted, self._ready), name="data-prefetch", daemon=True
@@ -161,7 +161,7 @@ class _Prefetcher:
         self._finalizer = weakref.finalize(self, _stop, thread, self._wanted)
         thread.start()
 
-    def __iter__(self) -> "_Prefetcher":
+    def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> Any:
