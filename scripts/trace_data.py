@@ -42,6 +42,11 @@ def main() -> None:
 
     loaded = load_config(arguments.config, parse_arguments(rest).overrides)
     config = loaded.config
+    if config.data.streams:
+        raise UserError(
+            f"{loaded.where('data.sources')}: its sources are streamed: what a step reads of them follows from all that"
+            " was read before, and cannot be traced; token files can (scripts/prepare_data.py makes them)"
+        )
     with errors_name_the_file(loaded):
         check_runnable(config)
         _, degrees = resolve_layout(

@@ -20,6 +20,7 @@ from titanling.config.reference import help_text
 from titanling.data.indexed import check_dataset, file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
+from titanling.data.streaming import check_streams
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step, world_size
@@ -174,10 +175,14 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
         raise UserError(f'model.hf_assets_path = "{tokenizer}": has no tokenizer.json; correct it or remove it')
     expected = file_sha256(f"{tokenizer}/tokenizer.json") if tokenizer is not None else None
     training, validation = config.training, config.validation
-    check_sources(data, shape.vocab_size, expected, training.seq_len)
     sequences = sequences_per_step(training, degrees.dp)
-    source = open_sources(data, training.seq_len, config.debug.seed, sequences)
-    check_epochs(data, source, training.steps, sequences)
+    if data.streams:
+        assert tokenizer is not None  # check_runnable saw to it
+        check_streams(data, tokenizer, shape.vocab_size, training.seq_len, config.debug.seed, sequences)
+    else:
+        check_sources(data, shape.vocab_size, expected, training.seq_len)
+        source = open_sources(data, training.seq_len, config.debug.seed, sequences)
+        check_epochs(data, source, training.steps, sequences)
     if validation.enable:
         assert data.validation is not None  # check_runnable saw to it
         tokens = check_dataset(data.validation, shape.vocab_size, expected).tokens

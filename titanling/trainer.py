@@ -22,6 +22,8 @@ from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.loader import build_loader, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.sources import check_epochs, describe, identity, open_sources
+from titanling.data.stream_loader import build_stream_loader
+from titanling.data.streaming import open_streams
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
@@ -91,17 +93,14 @@ class Trainer:
         self.scaler = LossScaler(training.mixed_precision_param == "float16", self.runner.state_device)
 
     def _build_data(self) -> None:
-        training, seed = self.config.training, self.config.debug.seed
         data, validation = self.config.data, self.config.data.validation
-        self.source = open_sources(data, training.seq_len, seed, self.sequences)
-        self.loader = build_loader(
-            self.source, training.local_batch_size, dp_rank=self.world.dp_rank, dp_world=self.world.degrees.dp
-        )
+        if data.streams:
+            eod_id = self._build_streams()
+        else:
+            eod_id = self._build_token_files()
         self.batches = iter(self.loader)
-        self.data_identity = identity(self.source)
         masked = data.document_mask != "none"
-        # None: documents are not told apart.
-        self.eod_id = read_sidecar(self.source.sources[0].datasets[0].prefix).eod_id if masked else None
+        self.eod_id = eod_id if masked else None  # None: documents are not told apart
         if self.config.validation.enable and validation is not None:
             self.validation_set = IndexedDataset(validation)
             held_out = read_sidecar(validation)
@@ -109,6 +108,27 @@ class Trainer:
             self.bytes_per_token = held_out.utf8_bytes / held_out.tokens
         assets = self.config.model.hf_assets_path
         self.tokenizer = load_tokenizer(assets) if self.config.sampling.freq and assets else None
+
+    def _build_token_files(self) -> int:
+        """The end-of-document id."""
+        data, training, batch = self.config.data, self.config.training, self.config.training.local_batch_size
+        source = open_sources(data, training.seq_len, self.config.debug.seed, self.sequences)
+        self.loader = build_loader(source, batch, dp_rank=self.world.dp_rank, dp_world=self.world.degrees.dp)
+        self.data_identity = identity(source)
+        self.data_lines = describe(source, training.steps, self.sequences)
+        self.data_lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, self.sequences)]
+        return read_sidecar(source.sources[0].datasets[0].prefix).eod_id
+
+    def _build_streams(self) -> int:
+        """The end-of-document id."""
+        data, training, batch = self.config.data, self.config.training, self.config.training.local_batch_size
+        assets, dp = self.config.model.hf_assets_path, self.world.degrees.dp
+        assert assets is not None  # check_runnable saw to it
+        source = open_streams(data, assets, training.seq_len, self.config.debug.seed, self.sequences)
+        self.loader = build_stream_loader(source, batch, lambda line: self.metrics.info(line), self.world.dp_rank, dp)
+        self.data_identity = source.identity(dp, batch)
+        self.data_lines = source.describe(self.sequences)
+        return source.tokenizer.eod_id
 
     def _build_metrics(self) -> None:
         shape, training, device = self.shape, self.config.training, self.world.device
@@ -137,10 +157,8 @@ class Trainer:
             f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
             f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
         )
-        for line in describe(self.source, training.steps, self.sequences):
+        for line in self.data_lines:
             say(line)
-        for line in check_epochs(self.config.data, self.source, training.steps, self.sequences):
-            say(f"data: {line}")
         say(f"device: {world.device.type}")
         for plan in active(self.plans, world):
             say(f"{plan.name}: {plan.describe()}")
@@ -165,7 +183,8 @@ class Trainer:
             self.best, self.interrupted = state["best"], state["interrupted"]
             try:
                 self.scaler.load(state["scaler"])
-                self.loader.load_state_dict(state["loader"])
+                of_all = state["loader"]
+                self.loader.load_state_dict(of_all["ranks"][self.world.dp_rank] if self.config.data.streams else of_all)
                 self.batches = iter(self.loader)
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 # What does not come of a run of ours; no damage, which its hash would have shown.
@@ -325,12 +344,19 @@ class Trainer:
             "best": self.best,
             "interrupted": self.stopped,
             "scaler": self.scaler.state(),
-            "loader": self.loader.state_dict(),
+            "loader": self._loader_state(),
             "data": self.data_identity,
             "model": asdict(self.shape),
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpointer.save(self.step, *self._tensors(), state, last, ending=self.stopped)
+
+    def _loader_state(self) -> dict[str, Any]:
+        """Of token files, all ranks' is the same; of streams, each data-parallel rank's is its own."""
+        state = self.loader.state_dict()
+        if not self.config.data.streams:
+            return state
+        return {"ranks": [state for _, state in sorted(dict(self.world.gather((self.world.dp_rank, state))).items())]}
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint holds of the model and of the optimizer, by name: the live tensors, not copies."""

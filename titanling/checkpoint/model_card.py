@@ -44,7 +44,9 @@ def model_card(state: Mapping[str, Any], shape: LlamaShape, dtype: str) -> str:
         "type of the weights": dtype,
     }
     sources = (_look_up(state, "data.sources") or {}).items()
-    data = {f"SHA-256 of the token files: {name}": files["bin_sha256"] for name, files in sources}
+    data = {
+        f"SHA-256 of the token files: {name}": files["bin_sha256"] for name, files in sources if "bin_sha256" in files
+    }
     data |= {label: _look_up(state, dotted) for label, dotted in DATA.items()}
     run: dict[str, Any] = {}
     if "converted_from" not in state:

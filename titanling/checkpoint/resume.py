@@ -19,6 +19,7 @@ def check_resumable(
     check_model(path, state["model"], shape, "restore these, or use another job.dump_folder")
     if "stages" not in state["data"]:
         raise UserError(f"{path}: was saved before runs had sources; convert its weights, or use that version to go on")
+    _check_stream(path, state["data"].get("stream"), data.get("stream"))
     then = {"packing": "concat"} | state["data"]  # as it was before there was a choice
     before, now = (_read_so_far(each, state["tokens_seen"]) for each in (then, data))
     if before["stages"] != now["stages"]:
@@ -39,6 +40,16 @@ def check_resumable(
         if not key.startswith(UNREMARKABLE) and not key.startswith("model.")
     }
     return [f"{key} was {_on_one_line(old)}, now {_on_one_line(new)}" for key, (old, new) in changed.items()]
+
+
+def _check_stream(path: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Each worker of each rank has read documents of its own up to a place of its own: nobody else can go on there."""
+    if before is not None and now is not None and before != now:
+        differ = _differences(before, now)
+        raise UserError(
+            f"{path}: its sources were streamed with other settings: {_words(differ)}; restore these (token files,"
+            " which scripts/prepare_data.py makes, go on with any)"
+        )
 
 
 def _read_so_far(data: dict[str, Any], tokens: int) -> dict[str, Any]:

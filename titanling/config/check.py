@@ -38,15 +38,12 @@ def check_runnable(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     if config.data.train is None and not config.data.sources:
-        if config.training.dataset:
-            raise UserError(
-                f'training.dataset = "{config.training.dataset}": streamed datasets are not supported yet;'
-                " set data.train to the prefix of tokenised files (scripts/prepare_data.py makes them)"
-            )
         raise UserError(
             "data.train is not set, nor any [[data.sources]]: give the prefix of tokenised files"
             " (scripts/prepare_data.py makes them)"
         )
+    if config.data.streams and not config.model.hf_assets_path:
+        raise UserError("data.sources are streamed, which needs a tokenizer: set model.hf_assets_path")
     if config.validation.enable and config.data.validation is None:
         raise UserError("validation.enable = true needs data.validation, the prefix of tokenised files")
     if config.data.prepare.text and config.data.train is None:

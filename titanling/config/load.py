@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from titanling.config.schema import Config
-from titanling.config.torchtitan import refuse_or_drop
+from titanling.config.torchtitan import refuse_or_drop, stream_data_set
 from titanling.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -45,6 +45,7 @@ def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig
         _set(tree, dotted, value)
         origins[without_places(dotted)] = COMMAND_LINE
     refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
+    stream_data_set(tree, lambda key: _origin(origins, key, str(path)))
     try:
         return LoadedConfig(Config.model_validate(tree), origins, str(path))
     except ValidationError as error:

@@ -168,9 +168,10 @@ class Training(Table):
     """The run's length, batch and precision."""
 
     dataset: str | None = None
-    """torchtitan's name of a streamed dataset (c4). Streaming is not supported yet: data.train is used instead."""
-    dataset_path: str | None = not_yet(None)
-    """torchtitan's path of a streamed dataset. Use data.train here."""
+    """torchtitan's name of a streamed data set, c4 or c4_test: becomes a source of kind "hf" where [data] names no
+    text."""
+    dataset_path: str | None = None
+    """The data set's own name on the Hub, or folder, instead of that of `dataset`."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences in one forward pass on one data-parallel rank."""
     global_batch_size: int = Field(-1, ge=-1)
@@ -459,12 +460,31 @@ class Source(Table):
 
     name: Text
     """What the stages, the messages and the order of its samples call it. Files may move; a name may not change."""
+    kind: Literal["tokens", "jsonl", "parquet", "hf"] = "tokens"
+    """"tokens": token files. The others are streamed, tokenised by model.hf_assets_path while training reads them: JSON
+    Lines (also .gz, .zst), Parquet, or what Hugging Face `datasets` streams (extra: `datasets`)."""
     paths: Strings = Field(min_length=1)
-    """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]."""
+    """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]. Of "jsonl" and "parquet", files or
+    globs; of "hf", one name on the Hub or folder."""
+    subset: Text | None = None
+    """Name of the configuration of a data set of kind "hf", such as a language."""
+    split: Text = "train"
+    """Split of a data set of kind "hf"."""
+    text_field: Text = "text"
+    """Field or column of the text in streamed files."""
     weight: float | None = Field(None, gt=0)
     """Share of the sequences, in proportion to the others. Unset: read only in stages that name it."""
     max_epochs: float | None = Field(None, gt=0)
-    """Refuse a run that would read it more often than this. Unset: say so beyond 4."""
+    """Refuse a run that would read it more often than this. Unset: say so beyond 4. How much a streamed source holds is
+    not known at start: the run ends with an error where it is over."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Source":
+        if self.kind != "tokens" and self.max_epochs is not None and not self.max_epochs.is_integer():
+            raise ValueError(f"max_epochs = {self.max_epochs:g}: must be a whole number for a streamed source")
+        if self.kind == "hf" and len(self.paths) > 1:
+            raise ValueError('paths of kind "hf" is one name or folder; make each a source of its own')
+        return self
 
 
 class Stage(Table):
@@ -497,6 +517,10 @@ class Data(Table):
     """[[data.sources]], instead of data.train"""
     stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
     """[[data.stages]]"""
+    workers: int = Field(0, ge=0)
+    """Processes of each rank that read and tokenise streamed sources. 0: a thread. A run that goes on needs as many."""
+    shuffle_buffer: int = Field(10_000, ge=1)
+    """Documents of a streamed source that are held and shuffled together, by each worker. 1: as they come."""
     document_mask: Literal["none", "causal"] = "none"
     """Documents that share a sequence: "none" lets tokens see those before them. "causal" treats each as if it were
     alone, also in validation: attention stays within it, positions restart with it, and its end-of-document token has
@@ -511,6 +535,11 @@ class Data(Table):
     prepare: Prepare = Prepare()
     """[data.prepare]"""
 
+    @property
+    def streams(self) -> bool:
+        """Whether its sources are tokenised while training reads them."""
+        return any(source.kind != "tokens" for source in self.sources)
+
     @model_validator(mode="after")
     def _check(self) -> "Data":
         if self.train is not None and self.sources:
@@ -521,6 +550,11 @@ class Data(Table):
                 raise ValueError(f'sources has two named "{name}"; give each its own name')
         if len(names) > 1 and all(source.weight is None for source in self.sources):
             raise ValueError("sources has no weight at all; give those one that are read from the beginning")
+        if self.streams and any(source.kind == "tokens" for source in self.sources):
+            raise ValueError(
+                'sources has some of kind "tokens" and some that are streamed; a run reads one or the other:'
+                " prepare the streamed ones (scripts/prepare_data.py)"
+            )
         for stage in self.stages:
             for name in stage.weights:
                 if name not in names:

@@ -1,6 +1,10 @@
-"""torchtitan v0.2.2's keys that titanling has no field for: dropped when they ask for nothing, refused otherwise."""
+"""torchtitan v0.2.2's keys that titanling has no field for: dropped when they ask for nothing, refused otherwise.
+
+And training.dataset, which becomes a streaming source.
+"""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +66,9 @@ NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "debug.moe_force_load_balance": (False,),
 }
 
+DATA_SETS = {"c4": ("allenai/c4", "en"), "c4_test": ("tests/assets/c4_test", None)}
+"""training.dataset → its name on the Hub, or folder beside torchtitan, and the configuration."""
+
 
 def is_torchtitan_key(dotted: str) -> bool:
     """Whether `refuse_or_drop` knows this key, or a table that it stands in."""
@@ -91,3 +98,26 @@ def refuse_or_drop(tree: dict[str, Any], origin: Callable[[str], str]) -> None:
     for table in ("memory_estimation", "fault_tolerance", "experimental"):
         if tree.get(table) == {}:
             del tree[table]
+
+
+def stream_data_set(tree: dict[str, Any], origin: Callable[[str], str]) -> None:
+    """Give `tree` a source for training.dataset, unless its [data] names text already.
+
+    Raises UserError for a data set that is not known.
+    """
+    training, data = tree.get("training"), tree.setdefault("data", {})
+    name = training.get("dataset") if isinstance(training, dict) else None
+    if not isinstance(name, str) or not isinstance(data, dict) or data.get("train") or data.get("sources"):
+        return
+    if name not in DATA_SETS:
+        raise UserError(
+            f'{origin("training.dataset")}: training.dataset = "{name}" is not known (only {", ".join(DATA_SETS)});'
+            ' remove it, and name the text in [[data.sources]], of kind = "hf" say'
+        )
+    path, subset = DATA_SETS[name]
+    path = training.get("dataset_path") or path
+    source = {"name": name, "kind": "hf", "paths": [path], "weight": 1.0}
+    # A folder of plain files has no configurations; a copy of the repository names them in its README.md.
+    if subset is not None and not (os.path.isdir(path) and not os.path.isfile(os.path.join(path, "README.md"))):
+        source["subset"] = subset
+    data["sources"] = [source]

@@ -50,11 +50,11 @@ class BatchStream(IterableDataset):
         self.dp_world = dp_world
         self.samples = 0
         """Global samples handed out so far; prefetched ones do not count."""
-        self._prefetcher: _Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        prefetcher = self._prefetcher = _Prefetcher(self._read_from(self.samples))
+        prefetcher = self._prefetcher = Prefetcher(self._read_from(self.samples))
         try:
             for read in prefetcher:
                 for arrays in zip(*read.values(), strict=True):
@@ -142,13 +142,13 @@ class _Failure:
         self.error = error
 
 
-class _Prefetcher:
-    """Iterates over `items` in a daemon thread, `PREFETCH` ahead, until closed, dropped or the interpreter exits."""
+class Prefetcher:
+    """Iterates over `items` in a daemon thread, so many `ahead`, until closed, dropped or the interpreter exits."""
 
-    def __init__(self, items: Iterator) -> None:
+    def __init__(self, items: Iterator, ahead: int = PREFETCH) -> None:
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(PREFETCH):
+        for _ in range(ahead):
             self._wanted.put(True)
         thread = threading.Thread(
             target=_produce, args=(items, self._wanted, self._ready), name="data-prefetch", daemon=True
@@ -157,7 +157,7 @@ class _Prefetcher:
         self._finalizer = weakref.finalize(self, _stop, thread, self._wanted)
         thread.start()
 
-    def __iter__(self) -> "_Prefetcher":
+    def __iter__(self) -> "Prefetcher":
         return self
 
     def __next__(self) -> Any:

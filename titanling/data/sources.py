@@ -191,10 +191,11 @@ def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSo
         opened = [PackedSource(datasets, seq_len, seed, name, *settings) for datasets, name in files]
     else:
         opened = [WindowSource(datasets, seq_len, seed, name) for datasets, name in files]
-    return MixedSource(opened, Mixture(_spans(data, sources, seq_len, sequences), seed))
+    return MixedSource(opened, Mixture(spans_of(data, sources, seq_len, sequences), seed))
 
 
-def _spans(data: Data, sources: Sequence[Source], seq_len: int, sequences: int) -> list[Span]:
+def spans_of(data: Data, sources: Sequence[Source], seq_len: int, sequences: int) -> list[Span]:
+    """The stages of a run in samples; weights in the order of `sources`. Raises UserError if they are not in order."""
     names = [source.name for source in sources]
     first = {source.name: source.weight or 0.0 for source in sources}
     first = {names[0]: 1.0} if len(names) == 1 else first
@@ -276,7 +277,7 @@ def identity(source: MixedSource) -> dict[str, Any]:
             windows.name: _hashes([read_sidecar(dataset.prefix) for dataset in windows.datasets])
             for windows in source.sources
         },
-        "stages": [_stage(source, span) for span in source.mixture.spans],
+        "stages": stages_of(source.mixture, [windows.name for windows in source.sources]),
     }
 
 
@@ -289,21 +290,33 @@ def _hashes(sidecars: list[Sidecar]) -> dict[str, str]:
     }
 
 
-def _stage(source: MixedSource, span: Span) -> dict[str, Any]:
-    weights = zip(source.sources, span.weights, strict=True)
-    return {"start": span.start, "weights": {windows.name: weight for windows, weight in weights if weight}}
+def stages_of(mixture: Mixture, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The stages for a checkpoint to be compared with; `names` are those of the sources, in the mixture's order."""
+    return [
+        {"start": span.start, "weights": {name: w for name, w in zip(names, span.weights, strict=True) if w}}
+        for span in mixture.spans
+    ]
 
 
 def describe(source: MixedSource, steps: int, sequences: int) -> list[str]:
     """Lines that say what a run reads: share in every stage, tokens and epochs of each source."""
     if len(source.sources) == 1:
         return []
-    spans = source.mixture.spans
-    starts = ", ".join(f"step {span.start / sequences:,.6g}" for span in spans[1:])
-    lines = [f"data: {len(source.sources)} sources" + (f"; their shares change at {starts}" if starts else "")]
+    lines = [f"data: {len(source.sources)} sources{changes_of(source.mixture, sequences)}"]
     width = max(len(windows.name) for windows in source.sources)
     for place, (windows, epochs) in enumerate(zip(source.sources, source.epochs(steps * sequences), strict=True)):
-        shares = " → ".join(f"{100 * span.weights[place] / sum(span.weights):5.2f} %" for span in spans)
+        shares = shares_of(source.mixture, place)
         tokens = sum(dataset.num_tokens for dataset in windows.datasets)
         lines.append(f"  {windows.name:<{width}}  {shares}  of {tokens:,} tokens, read {epochs:.2f} times in all")
     return lines
+
+
+def changes_of(mixture: Mixture, sequences: int) -> str:
+    """In words, when the shares of sources change; nothing if they never do."""
+    starts = ", ".join(f"step {span.start / sequences:,.6g}" for span in mixture.spans[1:])
+    return f"; their shares change at {starts}" if starts else ""
+
+
+def shares_of(mixture: Mixture, place: int) -> str:
+    """In words, the share of a source in every stage."""
+    return " → ".join(f"{100 * span.weights[place] / sum(span.weights):5.2f} %" for span in mixture.spans)

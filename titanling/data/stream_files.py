@@ -1,0 +1,209 @@
+"""The files of streaming sources, read a document at a time from any row on. Free of torch."""
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, Protocol
+
+from titanling.config.schema import Data, Source
+from titanling.errors import UserError
+
+Row = tuple[int, str]
+"""Number of a row in its file, from 0, and its text."""
+EXTRA = "pip install 'titanling[datasets]'"
+HF_ROWS = 64
+
+
+class TextFiles(Protocol):
+    """What a source reads: files of rows, each with a text."""
+
+    def __len__(self) -> int:
+        """Files."""
+        ...
+
+    def read(self, file: int, first: int, part: int, parts: int) -> Iterator[Row]:
+        """Rows of a file from `first` on whose number leaves the rest `part` when divided by `parts`.
+
+        Empty texts are left out. Raises UserError: a file, or a row of it, that cannot be read.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again: JSON."""
+        ...
+
+
+def open_files(data: Data, source: Source) -> TextFiles:
+    """The files of a streaming source. Raises UserError if there are none, or what reads them is not installed."""
+    if source.kind == "hf":
+        return HubFiles(data.root, source)
+    return LocalFiles(data.root, source)
+
+
+class LocalFiles:
+    """JSON Lines, perhaps compressed (.gz, .zst), or Parquet."""
+
+    def __init__(self, root: str | None, source: Source) -> None:
+        self._source = source
+        self.paths = list(dict.fromkeys(path for each in source.paths for path in _find(root, source.name, each)))
+        if source.kind == "parquet":
+            _pyarrow(source.name)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, file: int, first: int, part: int, parts: int) -> Iterator[Row]:
+        """See `TextFiles`."""
+        path, field = self.paths[file], self._source.text_field
+        rows = _parquet_rows if self._source.kind == "parquet" else _jsonl_rows
+        for row, text in rows(path, field, first, part, parts):
+            if not isinstance(text, str):
+                raise UserError(f'{path}:{row + 1}: "{field}" is not text; correct the row, or text_field')
+            if text:
+                yield row, text
+
+    def identity(self) -> dict[str, Any]:
+        """Names and sizes of the files, which may move together, and the field."""
+        files = [(os.path.basename(path), os.path.getsize(path)) for path in self.paths]
+        names = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        return {"files": len(files), "names_and_sizes_sha256": names, "text_field": self._source.text_field}
+
+
+def _find(root: str | None, name: str, path: str) -> list[str]:
+    pattern = os.path.join(root or "", os.path.expanduser(path))
+    found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if not found:
+        raise UserError(
+            f'data.sources: "{name}": {pattern} is no file, nor a glob of any; correct its paths or data.root'
+        )
+    return found
+
+
+def _jsonl_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
+    try:
+        with _open(path) as lines:
+            for row, line in enumerate(lines):
+                if row >= first and row % parts == part and not line.isspace():
+                    yield row, _field(path, row, field, line)
+    except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
+        raise UserError(f"{path}: cannot be read to its end ({error}); replace the file, or leave it out") from None
+
+
+def _field(path: str, row: int, field: str, line: bytes) -> Any:
+    try:
+        document = json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path}:{row + 1}: not a line of JSON in UTF-8 ({error}); correct or remove it") from None
+    if not isinstance(document, dict) or field not in document:
+        raise UserError(f'{path}:{row + 1}: has no field "{field}"; set text_field of its source, or correct the line')
+    return document[field]
+
+
+def _open(path: str) -> IO[bytes]:
+    if path.endswith(".gz"):
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path}: reading .zst needs zstandard; install it: {EXTRA}") from None
+        return zstandard.open(path)
+    return open(path, "rb")
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    try:
+        from zstandard import ZstdError
+    except ImportError:
+        return ()
+    return (ZstdError,)
+
+
+def _pyarrow(name: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f'data.sources: "{name}": reading Parquet needs pyarrow; install it: {EXTRA}') from None
+    return pyarrow
+
+
+def _parquet_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise UserError(f'{path}: has no column "{field}"; set text_field of its source')
+            start = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if start + size > first:
+                    begin = start
+                    for batch in file.iter_batches(row_groups=[group], columns=[field]):
+                        for row in range(begin + (part - begin) % parts, begin + len(batch), parts):
+                            if row >= first:
+                                yield row, batch.column(0)[row - begin].as_py()
+                        begin += len(batch)
+                start += size
+    except (OSError, pyarrow.ArrowException) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as Parquet ({words}); replace the file, or leave it out") from None
+
+
+class HubFiles:
+    """A data set of the Hugging Face Hub, or a folder in its layout, streamed by `datasets`."""
+
+    def __init__(self, root: str | None, source: Source) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(f'data.sources: "{source.name}": kind = "hf" needs datasets; install it: {EXTRA}') from None
+        local = os.path.join(root or "", os.path.expanduser(source.paths[0]))
+        self._path = local if os.path.isdir(local) else source.paths[0]
+        self._source = source
+        try:
+            dataset = datasets.load_dataset(self._path, source.subset, split=source.split, streaming=True)
+            columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))
+        except Exception as error:  # of many libraries: files, network, the Hub
+            raise self._unreadable(error) from None
+        if source.text_field not in columns:
+            raise UserError(
+                f'data.sources: "{source.name}": {self._path} has no column "{source.text_field}" but'
+                f" {', '.join(columns)}; set text_field"
+            )
+        self._dataset = dataset.select_columns([source.text_field])
+
+    def __len__(self) -> int:
+        return self._dataset.num_shards
+
+    def read(self, file: int, first: int, part: int, parts: int) -> Iterator[Row]:
+        """See `TextFiles`."""
+        field, row = self._source.text_field, first
+        try:
+            # iter, for __iter__ would divide a worker's shard once more among all workers.
+            for batch in self._dataset.shard(len(self), file).skip(first).iter(HF_ROWS):
+                for text in batch[field]:
+                    if row % parts == part and text:
+                        yield row, text
+                    row += 1
+        except Exception as error:
+            raise self._unreadable(error) from None
+
+    def identity(self) -> dict[str, Any]:
+        """What was asked for."""
+        source = self._source
+        asked = {"paths": list(source.paths), "subset": source.subset, "split": source.split}
+        return asked | {"files": len(self), "text_field": source.text_field}
+
+    def _unreadable(self, error: Exception) -> UserError:
+        subset = f' with subset = "{self._source.subset}"' if self._source.subset else ""
+        words = " ".join(str(error).split())[:300]
+        return UserError(
+            f'data.sources: "{self._source.name}": datasets cannot stream split "{self._source.split}" of'
+            f" {self._path}{subset} ({type(error).__name__}: {words}); correct paths, subset or split"
+        )
