@@ -10,7 +10,7 @@ with concat, and its padding counted.
 """
 
 import argparse
-import json
+import email
 import statistics
 import tempfile
 import time
@@ -52,13 +52,18 @@ def main() -> None:
     parser.add_argument("--resumes", type=int, default=50, help="resumes at each sample (default 50)")
     parser.add_argument("--packed-tokens", type=int, default=30_000_000, help="read packed (default 30_000_000)")
     parser.add_argument("--text", default="python-stdlib", help="what is packed, as data.prepare.text")
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of it that is not (default 0.05)")
     parser.add_argument("--folder", help="where the file is made for the time being (default: the temporary folder)")
     parser.add_argument("--json", metavar="OUT", help="also write the results here")
     parser.add_argument("--smoke", action="store_true", help="seconds: a small file, few batches")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.tokens, arguments.batches, arguments.rounds, arguments.resumes = 2_000_000, 50, 2, 3
-        arguments.packed_tokens, arguments.text = 100_000, str(Path(json.__file__).parent)
+        arguments.packed_tokens, arguments.text, arguments.held_out = (
+            100_000,
+            f"{Path(email.__file__).parent}/*.py",
+            0.3,
+        )
     results: dict[str, Any] = {"benchmark": "loader", "machine": machine(), "settings": vars(arguments)}
     with tempfile.TemporaryDirectory(prefix="titanling-benchmark-", dir=arguments.folder) as folder:
         prefix = str(Path(folder) / "tokens")
@@ -70,7 +75,7 @@ def main() -> None:
         results["speed"] = measure_speed(dataset, prefix, arguments.batches, arguments.rounds)
         results["resume"] = measure_resume(dataset, arguments.resumes)
         dataset.close()
-        results["packing"] = measure_packing(folder, arguments.text, arguments.packed_tokens, arguments.rounds)
+        results["packing"] = measure_packing(folder, arguments)
     report(results["speed"], results["resume"])
     report_packing(results["packing"])
     write_json(arguments.json, results)
@@ -160,11 +165,11 @@ def state_at(dataset: IndexedDataset, sample: int) -> dict[str, Any]:
     return state
 
 
-def measure_packing(folder: str, text: str, tokens: int, rounds: int) -> dict[str, Any]:
+def measure_packing(folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Of each seq_len: tokens/s through the loader, packed and not, in turns; padding; documents kept whole."""
-    say(f"preparing {text}")
-    prefix = str(Path(folder) / "text")
-    settings = Prepare(text=(text,), vocab_size=8192, validation_fraction=0.01)
+    say(f"preparing {arguments.text}")
+    prefix, tokens, rounds = str(Path(folder) / "text"), arguments.packed_tokens, arguments.rounds
+    settings = Prepare(text=(arguments.text,), vocab_size=8192, validation_fraction=arguments.held_out)
     prepare(settings, prefix, f"{prefix}-held-out", f"{prefix}-tokenizer")
     return {str(seq_len): measure_packed(prefix, seq_len, tokens, rounds) for seq_len in PACKED_SEQ_LENS}
 
@@ -181,8 +186,8 @@ def measure_packed(prefix: str, seq_len: int, tokens: int, rounds: int) -> dict[
     for _ in range(rounds):
         for name, way in ways.items():
             start = time.perf_counter()
-            loader = build_loader(way(), BATCH)
-            for _, _ in zip(range(tokens // (BATCH * seq_len)), loader, strict=False):
+            loader = build_loader(way(), BATCH * SEQ_LEN // seq_len)
+            for _, _ in zip(range(tokens // (BATCH * SEQ_LEN)), loader, strict=False):
                 pass
             speeds[name].append(tokens / (time.perf_counter() - start))
     seeks = []
