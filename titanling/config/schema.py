@@ -488,7 +488,8 @@ class Data(Table):
     """Tokenised text: Megatron .bin/.idx files with a sidecar .json, named by their common prefix."""
 
     train: Text | None = None
-    """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json."""
+    """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json. Or a .ds of
+    datatrove's, or a .npy of OLMo's."""
     validation: Text | None = None
     """Prefix of the validation files."""
     root: Text | None = None
@@ -497,6 +498,11 @@ class Data(Table):
     """[[data.sources]], instead of data.train"""
     stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
     """[[data.stages]]"""
+    eod_id: int | None = Field(None, ge=0)
+    """Id of the token that ends a document. Needed only where token files do not say, which are those of others: .ds,
+    .npy, and .bin/.idx without a .json."""
+    npy_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the tokens in .npy files that have no header."""
     document_mask: Literal["none", "causal"] = "none"
     """Documents that share a sequence: "none" lets tokens see those before them. "causal" treats each as if it were
     alone, also in validation: attention stays within it, positions restart with it, and its end-of-document token has
