@@ -10,7 +10,7 @@ from typing import Any
 
 from titanling.checkpoint.folder import root_name, step_name
 from titanling.config import Config
-from titanling.data.indexed import read_sidecar
+from titanling.data.token_files import facts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +23,8 @@ def summary(
     lines = [f"\nDone: {steps} steps"]
     if losses:
         lines[0] += ", " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    if config.data.train and "validation loss" in losses:
-        entropy = read_sidecar(config.data.train).unigram_entropy
+    entropy = facts(config.data.train, config.data).unigram_entropy if config.data.train else None
+    if entropy is not None and "validation loss" in losses:
         gap = entropy - losses["validation loss"]
         side = "below" if gap > 0 else "above"
         lines[0] += f" ({abs(gap):.2f} nats {side} the corpus's unigram entropy of {entropy:.4f})"

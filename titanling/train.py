@@ -17,10 +17,11 @@ from titanling.config.arguments import parse_arguments
 from titanling.config.check import check_runnable, errors_name_the_file
 from titanling.config.load import dump_toml
 from titanling.config.reference import help_text
-from titanling.data.indexed import check_dataset, file_sha256
+from titanling.data.indexed import file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
 from titanling.data.streaming import check_streams
+from titanling.data.token_files import check_files
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step, world_size
@@ -185,7 +186,7 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
         check_epochs(data, source, training.steps, sequences)
     if validation.enable:
         assert data.validation is not None  # check_runnable saw to it
-        tokens = check_dataset(data.validation, shape.vocab_size, expected).tokens
+        tokens = check_files(data.validation, data, shape.vocab_size, expected).tokens
         key = "validation.seq_len" if validation.seq_len else "training.seq_len"
         check_length(data.validation, tokens, key, validation.seq_len or training.seq_len)
 

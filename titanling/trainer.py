@@ -18,12 +18,12 @@ from titanling.checkpoint.initial import load_initial
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
 from titanling.data.documents import separate_documents
-from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.loader import build_loader, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.sources import check_epochs, describe, identity, open_sources
 from titanling.data.stream_loader import build_stream_loader
 from titanling.data.streaming import open_streams
+from titanling.data.token_files import facts, open_files
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
@@ -102,10 +102,10 @@ class Trainer:
         masked = data.document_mask != "none"
         self.eod_id = eod_id if masked else None  # None: documents are not told apart
         if self.config.validation.enable and validation is not None:
-            self.validation_set = IndexedDataset(validation)
-            held_out = read_sidecar(validation)
+            self.validation_set = open_files(validation, data)
+            held_out = facts(validation, data)
             self.validation_eod_id = held_out.eod_id if masked else None
-            self.bytes_per_token = held_out.utf8_bytes / held_out.tokens
+            self.bytes_per_token = held_out.utf8_bytes / held_out.tokens if held_out.utf8_bytes is not None else None
         assets = self.config.model.hf_assets_path
         self.tokenizer = load_tokenizer(assets) if self.config.sampling.freq and assets else None
 
@@ -117,7 +117,7 @@ class Trainer:
         self.data_identity = identity(source)
         self.data_lines = describe(source, training.steps, self.sequences)
         self.data_lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, self.sequences)]
-        return read_sidecar(source.sources[0].datasets[0].prefix).eod_id
+        return facts(source.sources[0].datasets[0].prefix, data).eod_id
 
     def _build_streams(self) -> int:
         """The end-of-document id."""
@@ -307,15 +307,10 @@ class Trainer:
         loss = self.losses["validation loss"] = loss_sum / tokens
         if math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"]):
             self.best = {"step": self.step, "val_loss": loss}
-        self.metrics.log_validation(
-            {
-                "step": self.step,
-                "val_loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        row = {"step": self.step, "val_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.bytes_per_token is not None:  # unknown of the files of others
+            row["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        self.metrics.log_validation(row | {"seconds": time.perf_counter() - start})
 
     def sample(self) -> None:
         """Print a continuation of each prompt."""

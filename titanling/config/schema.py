@@ -508,7 +508,8 @@ class Data(Table):
     """Tokenised text: Megatron .bin/.idx files with a sidecar .json, named by their common prefix."""
 
     train: Text | None = None
-    """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json."""
+    """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json. Or a .ds of
+    datatrove's, or a .npy of OLMo's."""
     validation: Text | None = None
     """Prefix of the validation files."""
     root: Text | None = None
@@ -521,6 +522,11 @@ class Data(Table):
     """Processes of each rank that read and tokenise streamed sources. 0: a thread. A run that goes on needs as many."""
     shuffle_buffer: int = Field(10_000, ge=1)
     """Documents of a streamed source that are held and shuffled together, by each worker. 1: as they come."""
+    eod_id: int | None = Field(None, ge=0)
+    """Id of the token that ends a document. Needed only where token files do not say, which are those of others: .ds,
+    .npy, and .bin/.idx without a .json."""
+    npy_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the tokens in .npy files that have no header."""
     document_mask: Literal["none", "causal"] = "none"
     """Documents that share a sequence: "none" lets tokens see those before them. "causal" treats each as if it were
     alone, also in validation: attention stays within it, positions restart with it, and its end-of-document token has

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titanling.data.indexed import IndexedDataset
 from titanling.data.packing import Arrays
 from titanling.data.sources import MixedSource, WindowSource, count_windows, whole_batch
+from titanling.data.token_files import Tokens
 from titanling.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
@@ -108,7 +108,7 @@ def build_loader(
 
 
 def validation_batches(
-    dataset: IndexedDataset,
+    dataset: Tokens,
     seq_len: int,
     local_batch_size: int,
     num_batches: int = -1,
@@ -127,7 +127,7 @@ def validation_batches(
 
 
 def _validation_rows(
-    dataset: IndexedDataset, seq_len: int, starts: np.ndarray, local_batch_size: int, dp_rank: int, dp_world: int
+    dataset: Tokens, seq_len: int, starts: np.ndarray, local_batch_size: int, dp_rank: int, dp_world: int
 ) -> Iterator[Batch]:
     for first in range(0, len(starts), local_batch_size * dp_world):
         rows = first + dp_rank * local_batch_size + np.arange(local_batch_size)

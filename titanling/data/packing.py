@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titanling.data.indexed import IndexedDataset
 from titanling.data.order import Permutation, order_key
+from titanling.data.token_files import Tokens
 
 GROUP = 64
 NO_LABEL = -100
@@ -37,7 +37,7 @@ Arrays = dict[str, np.ndarray]
 class Part(NamedTuple):
     """Consecutive tokens of a dataset."""
 
-    dataset: IndexedDataset
+    dataset: Tokens
     start: int
     """Offset of the first in the dataset's flat stream."""
     tokens: int
@@ -62,7 +62,7 @@ class PackedSource:
     """
 
     def __init__(
-        self, datasets: Sequence[IndexedDataset], seq_len: int, seed: int, name: str, window: int, masked: bool
+        self, datasets: Sequence[Tokens], seq_len: int, seed: int, name: str, window: int, masked: bool
     ) -> None:
         """`window`: sequences packed together, at least. `masked`: documents do not see each other (`batch`)."""
         self.datasets = tuple(datasets)
@@ -143,7 +143,7 @@ class PackedSource:
         here = slice(packing.rows[row], packing.rows[row + 1])
         return zip(*(each[here].tolist() for each in packing[:3]), strict=True)
 
-    def _locate(self, offset: int) -> tuple[IndexedDataset, int]:
+    def _locate(self, offset: int) -> tuple[Tokens, int]:
         file = bisect_right(self._file_ends, offset)
         return self.datasets[file], offset - (self._file_ends[file - 1] if file else 0)
 

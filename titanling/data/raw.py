@@ -14,6 +14,7 @@ from titanling.errors import UserError
 
 DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 """Bytes of a token → its type."""
+SUFFIXES = (".ds", ".npy")
 SCAN_TOKENS = 1 << 24
 
 
@@ -44,10 +45,25 @@ class RawTokens(TokenFile):
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document: (length,). Raises IndexError."""
+        place = self.document_range(index)
+        return self.read(place.start, len(place))
+
+    def document_range(self, index: int) -> range:
+        """Offsets of one document's tokens in the file. Raises IndexError."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
-        start = int(self._ends[index - 1]) if index else 0
-        return self.read(start, int(self._ends[index]) - start)
+        return range(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+
+    def document_at(self, offset: int) -> int:
+        """The document that holds the token at an offset of the file. Raises IndexError beyond it."""
+        if not 0 <= offset < self.num_tokens:
+            raise IndexError(f"{self.prefix}: offset {offset} outside the {self.num_tokens} tokens of the file")
+        return int(np.searchsorted(self._ends, offset, side="right"))
+
+    def document_starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin behind offset `begin` and before `end`: int64 offsets, in order."""
+        first, last = np.searchsorted(self._ends, begin, side="right"), np.searchsorted(self._ends, end)
+        return np.unique(self._ends[first:last]).astype(np.int64)
 
 
 class DatatroveTokens(RawTokens):

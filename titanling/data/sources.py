@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from titanling.config.schema import Data, Source
-from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, read_sidecar
 from titanling.data.mixture import Mixture, Span, whole_weights
 from titanling.data.order import Permutation, order_key
 from titanling.data.packing import Arrays, PackedSource, Part, packed_batch
+from titanling.data.raw import SUFFIXES
+from titanling.data.token_files import Tokens, check_files, hashes, open_files, tokens_path
 from titanling.errors import UserError
 
 ONLY = "train"
@@ -25,7 +26,7 @@ MUCH = 4
 """Epochs beyond which repeated text teaches clearly less than new text (Muennighoff et al., 2023)."""
 
 
-def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
+def count_windows(dataset: Tokens, seq_len: int) -> int:
     """Windows of `seq_len` tokens in the dataset, each with the one token after it as its last label.
 
     Raises `UserError` if there is none.
@@ -33,8 +34,8 @@ def count_windows(dataset: IndexedDataset, seq_len: int) -> int:
     windows = (dataset.num_tokens - 1) // seq_len
     if windows < 1:
         raise UserError(
-            f"{dataset.prefix}.bin: {dataset.num_tokens} tokens are too few for one sequence of seq_len = {seq_len}"
-            f" (which needs {seq_len + 1}); use more text or a smaller training.seq_len"
+            f"{tokens_path(dataset.prefix)}: {dataset.num_tokens} tokens are too few for one sequence of"
+            f" seq_len = {seq_len} (which needs {seq_len + 1}); use more text or a smaller training.seq_len"
         )
     return windows
 
@@ -48,7 +49,7 @@ class WindowSource:
 
     packing = "concat"
 
-    def __init__(self, datasets: Sequence[IndexedDataset], seq_len: int, seed: int, name: str = ONLY) -> None:
+    def __init__(self, datasets: Sequence[Tokens], seq_len: int, seed: int, name: str = ONLY) -> None:
         self.datasets = tuple(datasets)
         self.seq_len = seq_len
         self.seed = seed
@@ -165,16 +166,17 @@ def prefixes_of(data: Data, source: Source) -> list[str]:
     found: dict[str, None] = {}
     for path in source.paths:
         pattern = os.path.join(data.root or "", os.path.expanduser(path))
-        if os.path.exists(f"{pattern}.idx"):
+        suffix = "" if pattern.endswith(SUFFIXES) else ".idx"
+        if os.path.exists(f"{pattern}{suffix}"):
             found[pattern] = None
             continue
-        files = sorted(glob.glob(f"{pattern}.idx", recursive=True))
+        files = sorted(glob.glob(f"{pattern}{suffix}", recursive=True))
         if not files:
             raise UserError(
-                f'data.sources: "{source.name}": {pattern} is no prefix of token files (.bin, .idx, .json), nor a glob'
-                " of any; correct its paths or data.root, or make them: prepare_data.py"
+                f'data.sources: "{source.name}": {pattern} is no prefix of token files (.bin, .idx, .json), no .ds or'
+                " .npy, nor a glob of any; correct its paths or data.root, or make them: prepare_data.py"
             )
-        found |= dict.fromkeys(file.removesuffix(".idx") for file in files)
+        found |= dict.fromkeys(file.removesuffix(suffix) for file in files)
     return list(found)
 
 
@@ -185,7 +187,7 @@ def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSo
     or too short for one sequence; stages that begin together or not in order.
     """
     sources = sources_of(data)
-    files = [([IndexedDataset(p) for p in prefixes_of(data, source)], source.name) for source in sources]
+    files = [([open_files(p, data) for p in prefixes_of(data, source)], source.name) for source in sources]
     if data.packing == "best_fit":
         settings = data.packing_window, data.document_mask != "none"
         opened = [PackedSource(datasets, seq_len, seed, name, *settings) for datasets, name in files]
@@ -224,13 +226,15 @@ def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq
     first: tuple[str, str] | None = None
     for source in sources_of(data):
         for prefix in prefixes_of(data, source):
-            sidecar = check_dataset(prefix, vocab_size, tokenizer_sha256)
-            check_length(prefix, sidecar.tokens, "training.seq_len", seq_len)
-            first = first or (prefix, sidecar.tokenizer_sha256)
-            if sidecar.tokenizer_sha256 != first[1]:
+            found = check_files(prefix, data, vocab_size, tokenizer_sha256)
+            check_length(prefix, found.tokens, "training.seq_len", seq_len)
+            if found.tokenizer_sha256 is None:
+                continue
+            first = first or (prefix, found.tokenizer_sha256)
+            if found.tokenizer_sha256 != first[1]:
                 raise UserError(
                     f"data.sources: {first[0]} and {prefix} were tokenised by different tokenizers (tokenizer.json"
-                    f" {first[1][:12]}… and {sidecar.tokenizer_sha256[:12]}…); prepare them with one"
+                    f" {first[1][:12]}… and {found.tokenizer_sha256[:12]}…); prepare them with one"
                 )
 
 
@@ -238,8 +242,8 @@ def check_length(prefix: str, tokens: int, key: str, seq_len: int) -> None:
     """Raise UserError if token files are too short for one sequence of `key`."""
     if tokens <= seq_len:
         raise UserError(
-            f"{key} = {seq_len}: {prefix}.bin holds only {tokens} tokens, and one sequence needs {seq_len + 1};"
-            " give more text or a smaller seq_len"
+            f"{key} = {seq_len}: {tokens_path(prefix)} holds only {tokens} tokens, and one sequence needs"
+            f" {seq_len + 1}; give more text or a smaller seq_len"
         )
 
 
@@ -274,20 +278,18 @@ def identity(source: MixedSource) -> dict[str, Any]:
         "packing": source.sources[0].packing,
         "seed": source.sources[0].seed,
         "sources": {
-            windows.name: _hashes([read_sidecar(dataset.prefix) for dataset in windows.datasets])
+            windows.name: _hashes([hashes(dataset.prefix) for dataset in windows.datasets])
             for windows in source.sources
         },
         "stages": stages_of(source.mixture, [windows.name for windows in source.sources]),
     }
 
 
-def _hashes(sidecars: list[Sidecar]) -> dict[str, str]:
+def _hashes(files: list[dict[str, str]]) -> dict[str, str]:
     """One file's own, or of several the hash of theirs."""
-    both = {"bin_sha256": [s.bin_sha256 for s in sidecars], "idx_sha256": [s.idx_sha256 for s in sidecars]}
-    return {
-        key: hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        for key, hashes in both.items()
-    }
+    if len(files) == 1:
+        return files[0]
+    return {key: hashlib.sha256("".join(each[key] for each in files).encode()).hexdigest() for key in files[0]}
 
 
 def stages_of(mixture: Mixture, names: Sequence[str]) -> list[dict[str, Any]]:
