@@ -30,7 +30,7 @@ IMPATIENT = {"comm.init_timeout_seconds": 3}
 CABLE = """
 set -e
 ip link set lo up
-unshare --net sleep 600 & other=$!
+unshare --net sleep 3600 & other=$!
 trap 'kill $other' EXIT
 until [ "$(readlink /proc/$other/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.02; done
 ip link add cable0 type veth peer name cable1 netns $other

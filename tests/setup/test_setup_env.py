@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ def test_active_environment_is_used_untouched(torch_machine: Any) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert sorted(torch_machine.site.iterdir()) == before
     assert not (torch_machine.root / ".venv").exists()
-
-
-def test_active_environment_is_quick(torch_machine: Any) -> None:
-    torch_machine.setup()
-    started = time.monotonic()
-    torch_machine.setup()
-    # 0.1 s on an idle machine; the bound only catches an import of torch or a run of pip.
-    assert time.monotonic() - started < 1.5
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.1+rocm6.4", "2.12.0a0+git1234.nv26.01"])
