@@ -17,6 +17,7 @@ from titanling.checkpoint.checkpointer import Checkpointer
 from titanling.checkpoint.initial import load_initial
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
+from titanling.data.audit import AuditLog
 from titanling.data.documents import separate_documents
 from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.loader import build_loader, validation_batches
@@ -99,6 +100,11 @@ class Trainer:
         )
         self.batches = iter(self.loader)
         self.data_identity = identity(self.source)
+        same = (self.world.index(dimension) for dimension in ("pp", "cp", "tp"))  # ranks that share their sequences
+        audited = data.audit_log and not any(same)
+        self.audit = (
+            AuditLog(self.run_folder, self.source, self.world.dp_rank, self.world.degrees.dp) if audited else None
+        )
         masked = data.document_mask != "none"
         # None: documents are not told apart.
         self.eod_id = read_sidecar(self.source.sources[0].datasets[0].prefix).eod_id if masked else None
@@ -171,6 +177,8 @@ class Trainer:
                 # What does not come of a run of ours; no damage, which its hash would have shown.
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
             self.metrics.resume_at(self.step, validated=not self.interrupted)
+        if self.audit is not None:
+            self.audit.resume_at(self.step)
         if restored is not None:
             self.metrics.info("; ".join([restored.what, *restored.remarks]))
 
@@ -251,7 +259,10 @@ class Trainer:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
+        sample = self.loader.dataset.samples
         read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
+        if self.audit is not None:
+            self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])
         batches = list(map(self._to_device, read))
         valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
@@ -342,6 +353,8 @@ class Trainer:
         """Flush the metrics and leave the process group."""
         gc.enable()
         self.metrics.close()
+        if self.audit is not None:
+            self.audit.close()
         with self.world.naming_the_lost():
             stop_world(self.world)
 
