@@ -17,6 +17,7 @@ from titanling.checkpoint.checkpointer import Checkpointer
 from titanling.checkpoint.initial import load_initial
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
+from titanling.data.audit import AuditLog
 from titanling.data.documents import separate_documents
 from titanling.data.loader import build_loader, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
@@ -94,6 +95,7 @@ class Trainer:
 
     def _build_data(self) -> None:
         data, validation = self.config.data, self.config.data.validation
+        self.audit: AuditLog | None = None
         if data.streams:
             eod_id = self._build_streams()
         else:
@@ -117,6 +119,9 @@ class Trainer:
         self.data_identity = identity(source)
         self.data_lines = describe(source, training.steps, self.sequences)
         self.data_lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, self.sequences)]
+        same = (self.world.index(dimension) for dimension in ("pp", "cp", "tp"))  # ranks that share their sequences
+        if data.audit_log and not any(same):
+            self.audit = AuditLog(self.run_folder, source, self.world.dp_rank, self.world.degrees.dp)
         return facts(source.sources[0].datasets[0].prefix, data).eod_id
 
     def _build_streams(self) -> int:
@@ -190,6 +195,8 @@ class Trainer:
                 # What does not come of a run of ours; no damage, which its hash would have shown.
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
             self.metrics.resume_at(self.step, validated=not self.interrupted)
+        if self.audit is not None:
+            self.audit.resume_at(self.step)
         if restored is not None:
             self.metrics.info("; ".join([restored.what, *restored.remarks]))
 
@@ -270,7 +277,10 @@ class Trainer:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
+        sample = self.loader.dataset.samples
         read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
+        if self.audit is not None:
+            self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])
         batches = list(map(self._to_device, read))
         valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
@@ -363,6 +373,8 @@ class Trainer:
         """Flush the metrics and leave the process group."""
         gc.enable()
         self.metrics.close()
+        if self.audit is not None:
+            self.audit.close()
         with self.world.naming_the_lost():
             stop_world(self.world)
 

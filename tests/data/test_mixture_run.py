@@ -1,11 +1,18 @@
-"""Training on a mixture, as a user does: across a stage change, resumed on more ranks, edited on the way."""
+"""Training on a mixture, as a user does: packed, across a stage change, resumed on more ranks, edited on the way."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import TinyData, clean_env, run_python, run_train, tiny_config
+
+from titanling.config import load_config
+from titanling.data.sources import open_sources
+from titanling.data.trace import pieces, samples_of_step
 
 STEPS = 8
 
@@ -20,6 +27,10 @@ def config(folder: Path, data: TinyData, name: str = "run.toml", **changes: Any)
         "data.train": None,
         "data.sources": sources,
         "data.stages": [stage(5)],
+        "data.packing": "best_fit",
+        "data.packing_window": 16,
+        "data.document_mask": "causal",
+        "data.audit_log": True,
         "training.steps": STEPS,
         "lr_scheduler.decay_ratio": 0.0,  # or half of the steps would end with another rate
         "validation.enable": False,
@@ -51,14 +62,35 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Path
 
 def test_across_a_stage_and_on_with_two_ranks(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:
     path = config(tmp_path, tiny_data)
-    first = run_train("--config", path, "--training.steps=4")
+    first = run_train("--config", path, "--training.steps=6")
     assert first.returncode == 0, first.stderr
-    # It has read what the stage begins with; the stage itself is known only now.
-    path = config(tmp_path, tiny_data, data__stages=[stage(5)], parallelism__data_parallel_shard_degree=2)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000006")  # as if it had been killed before: two steps are done again
     command = ("-m", "titanling.launch", "--", "--config", path, "--parallelism.data_parallel_shard_degree=-1")
-    rest = run_python(*command, "--training.steps=8", "--training.local_batch_size=1", env=clean_env(NGPU="2"))
+    rest = run_python(*command, "--training.local_batch_size=1", env=clean_env(NGPU="2"))
     assert rest.returncode == 0, rest.stderr
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
+    assert audited(tmp_path, 0, [4] * 4 + [2] * 4) | audited(tmp_path, 1, [2] * 4) == audited(whole, 0, [4] * 8)
+
+
+def audited(folder: Path, rank: int, sizes: list[int]) -> dict[int, Any]:
+    """What a rank's log says of each sample: as the inverse of the order says too, and as the files do."""
+    settings = load_config(folder / "run/config.toml").config
+    source = open_sources(settings.data, settings.training.seq_len, settings.debug.seed, 4)
+    text = (folder / f"run/data/steps-rank{rank:03d}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["step"] for row in rows] == list(range(STEPS - len(sizes) + 1, STEPS + 1))
+    assert [len(row["sequences"]) for row in rows] == sizes
+    found = {}
+    for row in rows:
+        for sequence in row["sequences"]:
+            sample = sequence["sample"]
+            assert sample in samples_of_step(row["step"], 4)
+            assert sequence["pieces"] == [piece._asdict() for piece in pieces(source, sample)]
+            ids = source.batch(np.array([sample]))["input_ids"][0]
+            assert sequence["blake2b"] == hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+            found[sample] = sequence
+    assert len(found) == sum(sizes)
+    return found
 
 
 def test_a_stage_edited_into_a_running_job(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:

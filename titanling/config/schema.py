@@ -538,6 +538,9 @@ class Data(Table):
     a hundred is cut otherwise. With document_mask = "causal", each part is a document of its own."""
     packing_window: int = Field(256, ge=16)
     """Sequences that are packed together by best_fit, at least. Padding stays below 1 / packing_window."""
+    audit_log: bool = False
+    """Write what each step reads, document by document, to <run folder>/data/steps-rankNNN.jsonl, a file of each
+    data-parallel rank. scripts/trace_data.py finds the same without it."""
     prepare: Prepare = Prepare()
     """[data.prepare]"""
 
