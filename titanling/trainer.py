@@ -277,7 +277,7 @@ class Trainer:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
-        sample = self.loader.dataset.samples
+        sample = 0 if self.audit is None else self.loader.dataset.samples
         read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
         if self.audit is not None:
             self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])

@@ -564,6 +564,9 @@ class Data(Table):
                 'sources has some of kind "tokens" and some that are streamed; a run reads one or the other:'
                 " prepare the streamed ones (scripts/prepare_data.py)"
             )
+        for key, asked in (("packing", self.packing != "concat"), ("audit_log", self.audit_log)):
+            if self.streams and asked:
+                raise ValueError(f"{key} is for token files, and sources has streamed ones: prepare them, or unset it")
         for stage in self.stages:
             for name in stage.weights:
                 if name not in names:
