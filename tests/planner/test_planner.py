@@ -144,6 +144,24 @@ def test_every_config_can_be_planned(path: Path) -> None:
     assert json.loads(json.dumps(as_json(found, [])))["speed"]["step"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "world", "device", "tokens"),
+    [
+        ("minilingua_1b", 256, "mi250x", 2_097_152),
+        ("minilingua_30m", 8, "mi250x", 524_288),
+        ("llammlein_1b", 64, "h100", 2_097_152),
+        ("llammlein_7b", 64, "h100", 2_097_152),
+        ("dense_180m", 1, "a100", 131_072),
+        ("custom_300m", 4, "a100", 1_048_576),
+    ],
+)
+def test_a_system_fits_its_machine(name: str, world: int, device: str, tokens: int) -> None:
+    found = forecast(setup_of(ROOT / f"train_configs/{name}.toml", world, device), quick=True)
+    assert found.fits and found.setup.tokens == tokens and found.speed is not None
+    # Its cards have 40 GB, of which some are not for tensors; the table has those of 80.
+    assert name != "custom_300m" or found.memory.peak < 36 * 2**30
+
+
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     done = run_python(
@@ -156,6 +174,22 @@ def test_the_command(tmp_path: Path) -> None:
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["world_size"] == 8 and found["mesh"]["tp"] == 2 and found["memory"]["fits"]
     assert sum(row["bytes"] for row in found["parameters"]) == found["memory"]["weights"]
+
+
+def test_a_mixture_is_planned_without_its_files(tmp_path: Path) -> None:
+    config = ROOT / "train_configs/minilingua_1b.toml"
+    done = run_python(
+        "-m",
+        "titanling.train",
+        "--config",
+        config,
+        "--dry-run",
+        "--model.n_layers=2",
+        cwd=tmp_path,
+        env=clean_env(NGPU="8", NNODES="32"),
+    )
+    assert done.returncode == 0 and "mesh: dp_shard 256" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
