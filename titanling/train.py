@@ -20,7 +20,6 @@ from titanling.config.reference import help_text
 from titanling.data.indexed import file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
-from titanling.data.streaming import check_streams
 from titanling.data.token_files import check_files
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
@@ -178,6 +177,8 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
     training, validation = config.training, config.validation
     sequences = sequences_per_step(training, degrees.dp)
     if data.streams:
+        from titanling.data.streaming import check_streams  # it imports tokenizers
+
         assert tokenizer is not None  # check_runnable saw to it
         check_streams(data, tokenizer, shape.vocab_size, training.seq_len, config.debug.seed, sequences)
     else:

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -51,7 +52,7 @@ class LocalFiles:
         self._source = source
         self.paths = list(dict.fromkeys(path for each in source.paths for path in _find(root, source.name, each)))
         if source.kind == "parquet":
-            _pyarrow(source.name)
+            _pyarrow(self.paths[0])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -89,8 +90,9 @@ def _jsonl_rows(path: str, field: str, first: int, part: int, parts: int) -> Ite
             for row, line in enumerate(lines):
                 if row >= first and row % parts == part and not line.isspace():
                     yield row, _field(path, row, field, line)
-    except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
-        raise UserError(f"{path}: cannot be read to its end ({error}); replace the file, or leave it out") from None
+    except (OSError, EOFError, zlib.error) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read to its end ({words}); replace the file, or leave it out") from None
 
 
 def _field(path: str, row: int, field: str, line: bytes) -> Any:
@@ -107,32 +109,22 @@ def _open(path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(path)  # type: ignore[return-value]
     if path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path}: reading .zst needs zstandard; install it: {EXTRA}") from None
-        return zstandard.open(path)
+        # Unlike the usual zstd packages, it notices a file that is cut off.
+        arrow = _pyarrow(path)
+        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(path), "zstd"), 1 << 20)
     return open(path, "rb")
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
+def _pyarrow(path: str) -> Any:
     try:
-        from zstandard import ZstdError
+        import pyarrow
     except ImportError:
-        return ()
-    return (ZstdError,)
-
-
-def _pyarrow(name: str) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f'data.sources: "{name}": reading Parquet needs pyarrow; install it: {EXTRA}') from None
+        raise UserError(f"{path}: reading it needs pyarrow; install it: {EXTRA}") from None
     return pyarrow
 
 
 def _parquet_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
-    import pyarrow
+    pyarrow = _pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
     try:

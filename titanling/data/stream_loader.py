@@ -20,6 +20,7 @@ from titanling.stop import GRACEFUL
 
 AHEAD = 8
 """Batches that are ready before they are asked for, of each worker: reading a block of documents takes long."""
+WATCH_SECONDS = 2
 Item = tuple[np.ndarray | str, list[int]]
 """Tokens (local_batch_size, seq_len + 1), or what a worker's UserError says; epoch of each source."""
 
@@ -75,8 +76,9 @@ class StreamRows(IterableDataset):
                 names = [source.name for source in self.streams.sources]
                 state = {"batches": batches, "places": dict(zip(names, map(list, places), strict=True))}
                 yield (rows, [place.epoch for place in places]), state
-        except UserError as error:  # an exception would come out of a worker as pages of traceback
-            yield (str(error), []), self._state
+        except UserError as error:
+            while True:  # an exception would come out of a worker as pages of traceback
+                yield (str(error), []), self._state
 
 
 class StreamLoader:
@@ -145,13 +147,18 @@ def _begin_worker(worker: int) -> None:
     for number in GRACEFUL:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_heed_the_parent, name="signals", daemon=True).start()
+        threading.Thread(target=_heed_the_rank, args=(os.getppid(),), name="signals", daemon=True).start()
 
 
-def _heed_the_parent() -> None:
-    """A scheduler sends SIGTERM to all processes; only the rank's own means that the worker is no longer needed."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _heed_the_rank(rank: int) -> None:
+    """End this worker when its rank, that process, says so or is gone: torch's own worker waits for its full queue.
+
+    A scheduler sends SIGTERM to all processes; only the rank's means that the worker is no longer needed.
+    """
+    while os.getppid() == rank:
+        info = signal.sigtimedwait({signal.SIGTERM}, WATCH_SECONDS)
+        if info is not None and info.si_pid == rank:
+            break
     os._exit(0)
