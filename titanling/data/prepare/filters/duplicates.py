@@ -57,7 +57,7 @@ class ParagraphHashes:
     def keep(self, text: str, new: np.ndarray) -> str | None:
         """The text without its old paragraphs; None if only white space is left."""
         if new.all():
-            return text
+            return text if text.strip() else None
         answers = iter(new.tolist())
         parts = [part for part in self._split(text) if not self._counts(part.strip()) or next(answers)]
         kept = self._separator.join(parts)
