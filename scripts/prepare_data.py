@@ -1,4 +1,4 @@
-"""Make a tokenizer and token files from plain text."""
+"""Make a tokenizer and token files from text: JSON lines, Parquet, plain text, also packed."""
 
 import argparse
 import os
@@ -24,7 +24,9 @@ def parse_arguments() -> argparse.Namespace:
         "--text",
         nargs="+",
         required=True,
-        help='files, folders or globs of UTF-8 text (each file is one document), or "python-stdlib"',
+        metavar="[NAME=]PATH",
+        help="files, folders or globs: .jsonl and .parquet (a document a line or row), others are a document each;"
+        ' .gz and .zst are unpacked; or "python-stdlib"',
     )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--vocab-size", type=int, default=8192, help="size of a new tokenizer (default: 8192)")
@@ -38,6 +40,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "tokenizers", "gigatoken"),
         help="what encodes the text (default: auto, gigatoken if it is installed and gives the ids of tokenizers)",
     )
+    parser.add_argument("--text-field", default="text", help="JSON lines, Parquet: where the text is (default: text)")
+    parser.add_argument("--max-document-bytes", type=int, default=100_000_000, help="refuse longer ones (default: 1e8)")
+    parser.add_argument("--skip-bad", action="store_true", help="count what cannot be used instead of refusing it")
     return parser.parse_args()
 
 
@@ -56,6 +61,9 @@ def main() -> None:
             vocab_size=arguments.vocab_size,
             validation_fraction=arguments.validation_fraction,
             backend=arguments.backend,
+            text_field=arguments.text_field,
+            max_document_bytes=arguments.max_document_bytes,
+            skip_bad=arguments.skip_bad,
         )
     except ValidationError as error:
         first = error.errors()[0]

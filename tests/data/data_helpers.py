@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from titanling.data.indexed import IndexedWriter, Sidecar, write_sidecar
+from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.text import find_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +24,12 @@ def write_documents(prefix: str, documents: list[list[int]], vocab_size: int, **
     made = made.model_copy(update=changes)
     write_sidecar(prefix, made)
     return made
+
+
+def texts_of(*sources: object) -> list[str]:
+    """Every document of these files or folders, in order."""
+    found = find_files([str(source) for source in sources])
+    return [text for file in found for text in read_documents(Span(file), Reading(), Counter())]
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -663,10 +663,17 @@ Filter = Annotated[
 
 
 class Prepare(Table):
-    """Makes the tokenizer and the token files from plain text when they do not exist yet."""
+    """Makes the tokenizer and the token files from text when they do not exist yet."""
 
     text: Strings = ()
-    """Files, folders or globs of UTF-8 text (each file is a document), or "python-stdlib". Empty: prepare nothing."""
+    """Files, folders or globs, or "python-stdlib"; each also as NAME=PATH. .jsonl and .parquet hold a document a line
+    or row, other files are a document each, in UTF-8; .gz and .zst are unpacked. Empty: prepare nothing."""
+    text_field: Text = "text"
+    """JSON lines, Parquet: key or column of the text."""
+    max_document_bytes: int = Field(100_000_000, ge=1, le=1_000_000_000)
+    """Refuse a document above this, as text that misses its line ends."""
+    skip_bad: bool = False
+    """Count documents that cannot be used and leave them out, instead of refusing them."""
     vocab_size: int = Field(8192, ge=258)
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
     validation_fraction: float = Field(0.01, gt=0, lt=1)

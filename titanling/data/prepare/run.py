@@ -10,7 +10,8 @@ from pathlib import Path
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import Sidecar, file_sha256, read_sidecar
-from titanling.data.prepare.text import TextFile, find_files, read_text
+from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
 # Byte-pair merges hardly change beyond this much text, and training time grows with it.
@@ -55,20 +56,20 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str) ->
     from titanling.data.prepare.tokenise import tokenise
     from titanling.data.prepare.tokenizer import load_tokenizer
 
-    files = find_files(settings.text)
+    files, reading = find_files(settings.text), _reading(settings)
     fraction = settings.validation_fraction if "validation" in prefixes else 0.0
     if not has_tokenizer:
-        lines.append(_train(files, fraction, settings.vocab_size, tokenizer_dir))
+        lines.append(_train(_sample(files, reading, fraction), settings.vocab_size, tokenizer_dir))
     start, read = time.monotonic(), Counter[str]()
     missing = {split: prefix for split, prefix in prefixes.items() if split not in done}
-    documents = _documents(files, fraction, read)
+    documents = _documents(files, reading, fraction, read)
     tokenizer = load_tokenizer(tokenizer_dir)
     encode = Encoder(tokenizer, settings.backend)
     made = tokenise(documents, missing, tokenizer, " ".join(settings.text), encode)
     lines += [encode.note] if encode.note else []
     lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in made.items()]
-    skipped = f", {read['skipped']:,} skipped (empty or not UTF-8)" if read["skipped"] else ""
-    lines.append(f"tokenised in {time.monotonic() - start:.1f} s: {read['documents']:,} files{skipped}")
+    skipped = "".join(f", {read[why]:,} skipped ({why})" for why in ("empty", "bad") if read[why])
+    lines.append(f"tokenised in {time.monotonic() - start:.1f} s: {read['documents']:,} documents{skipped}")
     return lines
 
 
@@ -88,34 +89,38 @@ def _check_tokenizer(tokenizer_dir: str, done: dict[str, Sidecar]) -> bool:
     return exists
 
 
-def _train(files: list[TextFile], fraction: float, vocab_size: int, tokenizer_dir: str) -> str:
+def _train(texts: Iterator[str], vocab_size: int, tokenizer_dir: str) -> str:
     from titanling.data.prepare.tokenizer import load_tokenizer
     from titanling.data.prepare.train import train_tokenizer
 
     start = time.monotonic()
-    train_tokenizer(_sample(files, fraction), vocab_size, tokenizer_dir)
+    train_tokenizer(texts, vocab_size, tokenizer_dir)
     made = load_tokenizer(tokenizer_dir).vocab_size
     return f"{tokenizer_dir}: byte-level BPE, vocabulary {made:,}, trained in {time.monotonic() - start:.1f} s"
 
 
-def _documents(files: list[TextFile], fraction: float, read: Counter[str]) -> Iterator[tuple[str, str]]:
-    """(split, text) of every file that has text; counts "documents" and "skipped". UserError if none has text."""
+def _reading(settings: Prepare) -> Reading:
+    return Reading(settings.text_field, settings.max_document_bytes, settings.skip_bad)
+
+
+def _documents(
+    files: list[TextFile], reading: Reading, fraction: float, read: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """(split, text) of every document; counts as `read_documents` does. UserError if there is none."""
     from titanling.data.prepare.tokenise import is_validation
 
     for file in files:
-        text = read_text(file)
-        read["skipped" if text is None else "documents"] += 1
-        if text is not None:
+        for text in read_documents(Span(file), reading, read):
             yield "validation" if is_validation(text, fraction) else "training", text
     if not read["documents"]:
         raise UserError(f"{files[0].path}: holds no text, nor does any other of data.prepare.text; give other files")
 
 
-def _sample(files: list[TextFile], fraction: float) -> Iterator[str]:
+def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterator[str]:
     """Training texts spread evenly over `files`, at most TOKENIZER_BYTES characters together."""
     share = min(1.0, TOKENIZER_BYTES / max(1, sum(file.bytes for file in files)))
     seen = taken = 0
-    for split, text in _documents(files, fraction, Counter()):
+    for split, text in _documents(files, reading, fraction, Counter()):
         if split == "training":
             if taken <= seen * share:
                 piece = text[: TOKENIZER_BYTES - taken]
