@@ -1,5 +1,6 @@
 """Token files and processes for the tests of this folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,12 @@ def write_documents(prefix: str, documents: list[list[int]], vocab_size: int, **
     made = made.model_copy(update=changes)
     write_sidecar(prefix, made)
     return made
+
+
+def json_lines(first: int, last: int) -> bytes:
+    """JSON lines of short documents, each its number."""
+    rows = [{"text": f"document {number}: " + "ñandú and other words " * (number % 7)} for number in range(first, last)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def texts_of(*sources: object) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from titanling.data.indexed import sync_folder
@@ -45,6 +46,11 @@ def write_report(prefix: str, report: Report) -> None:
         os.fsync(file.fileno())
     os.replace(f"{path}.partial", path)
     sync_folder(path)
+
+
+def read_report(prefix: str) -> Report:
+    """The report of what was prepared as `prefix`."""
+    return json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))
 
 
 def read_total(report: Report, key: str) -> int:

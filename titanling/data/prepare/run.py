@@ -4,13 +4,14 @@ import fcntl
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import Sidecar, file_sha256, read_sidecar
+from titanling.data.prepare.parts import remove_parts
 from titanling.data.prepare.readers import Reading, Span, read_documents, reading_of
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
@@ -34,6 +35,26 @@ class Shard(NamedTuple):
         return f"{prefix}-shard-{self.number:05}-of-{self.count:05}"
 
 
+def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
+    """The shard that I/N says, or, for "slurm", the environment of a job array's task. Raises `UserError`."""
+    if text == "slurm":
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+        values = [environment.get(name, "") for name in names]
+        if not all(value.isdecimal() for value in values):
+            raise UserError("--shard slurm: no task of a job array (SLURM_ARRAY_TASK_ID …); sbatch --array=1-N, or I/N")
+        task, first, last, count = map(int, values)
+        if last - first + 1 != count:
+            raise UserError(
+                f"--shard slurm: the array has {count} of the tasks {first} to {last}; give all of them (--array=1-N),"
+                " or resubmit some with --shard I/N"
+            )
+        return Shard(task - first + 1, count)
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) <= 99_999):
+        raise UserError(f'--shard {text}: must be I/N, from 1/N to N/N, or "slurm"')
+    return Shard(int(number), int(count))
+
+
 def prepare(
     settings: Prepare, train: str, validation: str | None, tokenizer_dir: str, shard: Shard | None = None
 ) -> list[str]:
@@ -42,7 +63,7 @@ def prepare(
     `train` and `validation` are prefixes; without `validation` every document is training text. What exists is used
     as it is and never overwritten. Safe to kill at any moment and to call from several processes: the next call
     finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
-    A `shard` makes its share alone, in files of its own (`merge_shards` joins them), with a tokenizer that exists.
+    A `shard` makes its share alone, in files of its own, with a tokenizer that exists; `data.merge` joins them.
     Unless the input is small or `settings.workers` is 1, processes are started, which import the main module.
     Raises `UserError`: no text, text that is bad, files of another tokenizer, disk full.
     """
@@ -58,7 +79,10 @@ def prepare(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            return _prepare(settings, prefixes, tokenizer_dir, shard)
+            try:
+                return _prepare(settings, prefixes, tokenizer_dir, shard)
+            finally:
+                remove_parts(f"{prefixes['training']}.parts", only_if_empty=True)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror}; mend its permissions or free disk space, then run again"
@@ -66,9 +90,6 @@ def prepare(
 
 
 def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, shard: Shard | None) -> list[str]:
-    from titanling.data.prepare.parts import remove_parts
-
-    parts = f"{prefixes['training']}.parts"
     done = {split: _finished(prefix, shard) for split, prefix in prefixes.items()}
     sidecars = {prefixes[split]: sidecar for split, sidecar in done.items() if isinstance(sidecar, Sidecar)}
     has_tokenizer = _check_tokenizer(tokenizer_dir, sidecars)
@@ -78,7 +99,7 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
     ]
     missing = {split: prefix for split, prefix in prefixes.items() if done[split] is None}
     if not missing and has_tokenizer:
-        remove_parts(parts)
+        remove_parts(f"{prefixes['training']}.parts")  # a run was killed behind its last step
         return lines
     fraction = settings.validation_fraction if "validation" in prefixes else 0.0
     files = find_files(settings.text)
@@ -86,10 +107,7 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
         if shard is not None:
             raise UserError(f"{tokenizer_dir}: has no tokenizer.json, and no shard can train it; train it first")
         lines.append(_train(_sample(files, reading_of(settings), fraction), settings.vocab_size, tokenizer_dir))
-    try:
-        return lines + _make(settings, files, missing, prefixes["training"], tokenizer_dir, fraction, shard)
-    finally:
-        remove_parts(parts, only_if_empty=True)
+    return lines + _make(settings, files, missing, prefixes["training"], tokenizer_dir, fraction, shard)
 
 
 def _make(
@@ -105,7 +123,7 @@ def _make(
     # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
     from titanling.data.prepare import pipeline, report
     from titanling.data.prepare.join import join_parts
-    from titanling.data.prepare.parts import read_counts, remove_parts
+    from titanling.data.prepare.parts import read_counts
     from titanling.data.prepare.pieces import cut_into_pieces
     from titanling.data.prepare.progress import show_progress
     from titanling.data.prepare.tokenizer import load_tokenizer
