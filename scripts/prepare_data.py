@@ -1,40 +1,55 @@
-"""Make a tokenizer and token files from plain text."""
+"""Make a tokenizer and token files from text: JSON lines, Parquet, plain text, also packed."""
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from titanling.cli import run
 from titanling.errors import UserError
 
-EXAMPLE = """example:
+if TYPE_CHECKING:
+    from titanling.config.schema import Prepare
+
+EXAMPLE = """examples:
   python scripts/prepare_data.py --text 'books/**/*.txt' notes/ --output data/mine --vocab-size 16384
+  python scripts/prepare_data.py --text fi='web/fi-*.jsonl.zst' en=web/en.parquet --tokenizer data/mine/tokenizer \\
+      --config filters.toml --output data/web
 
 writes data/mine/train.bin .idx .json, data/mine/validation.bin .idx .json and data/mine/tokenizer/. Then train with
   --data.train data/mine/train --data.validation data/mine/validation --model.hf_assets_path data/mine/tokenizer
 What exists already is kept; killed half-way, the same command finishes the work.
+
+Over several machines: --shard 1/8 … --shard 8/8, or --shard slurm in a job array (sbatch --array=1-8), into one
+folder; then python scripts/data.py merge data/web/train, and the same for data/web/validation.
 """
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """The command line. What is not given is left to the config, or to its defaults."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--text",
         nargs="+",
-        required=True,
-        help='files, folders or globs of UTF-8 text (each file is one document), or "python-stdlib"',
+        metavar="[NAME=]PATH",
+        help="files, folders or globs: .jsonl and .parquet (a document a line or row), others are a document each;"
+        ' .gz and .zst are unpacked; or "python-stdlib"',
     )
-    parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="size of a new tokenizer (default: 8192)")
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="share of the documents kept aside (default: 0.01)"
-    )
-    parser.add_argument("--tokenizer", help="folder of an existing Hugging Face tokenizer to use instead of a new one")
-    parser.add_argument(
+    add("--output", required=True, help="folder to write to")
+    add("--tokenizer", help="folder of an existing Hugging Face tokenizer to use instead of a new one")
+    add("--config", metavar="FILE", help="TOML whose [data.prepare] holds for all that is not given here; filters, say")
+    add("--shard", metavar="I/N", help='make only this share (from 1) of the text; "slurm": as the job array says')
+    add("--vocab-size", type=int, help="size of a new tokenizer (default: 8192)")
+    add("--validation-fraction", type=float, help="share of the documents kept aside (default: 0.01)")
+    add("--text-field", help="JSON lines, Parquet: key or column of the text (default: text)")
+    add("--max-document-bytes", type=int, help="refuse longer ones (default: 100,000,000)")
+    add("--skip-bad", action="store_true", default=None, help="count what cannot be used instead of refusing it")
+    add("--workers", type=int, help="processes (default: one for each core, if there is work for all)")
+    add("--language", help="language of the text, for filters (default: of NAME=PATH, the NAME)")
+    add(
         "--backend",
-        default="auto",
         choices=("auto", "tokenizers", "gigatoken"),
         help="what encodes the text (default: auto, gigatoken if it is installed and gives the ids of tokenizers)",
     )
@@ -45,33 +60,53 @@ def main() -> None:
     """Prepare what is missing and print what was done."""
     arguments = parse_arguments()
     # Imported late, so that --help answers at once.
-    from pydantic import ValidationError
+    from titanling.data.prepare.run import parse_shard, prepare
 
-    from titanling.config.schema import Prepare
-    from titanling.data.prepare.run import prepare
-
-    try:
-        settings = Prepare(
-            text=tuple(arguments.text),
-            vocab_size=arguments.vocab_size,
-            validation_fraction=arguments.validation_fraction,
-            backend=arguments.backend,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"{flag} {first['input']}: {first['msg']}") from None
+    settings = _settings(arguments)
     tokenizer = arguments.tokenizer
     if tokenizer is not None and not os.path.isfile(os.path.join(tokenizer, "tokenizer.json")):
         raise UserError(f"--tokenizer {tokenizer}: has no tokenizer.json; leave --tokenizer out to train one")
+    shard = parse_shard(arguments.shard, os.environ) if arguments.shard else None
     output = arguments.output
     lines = prepare(
         settings,
         os.path.join(output, "train"),
         os.path.join(output, "validation"),
         tokenizer or os.path.join(output, "tokenizer"),
+        shard,
     )
     print("\n".join(lines))
+    if any(line.startswith("tokenised") for line in lines):
+        _print_report(shard.name(os.path.join(output, "train")) if shard else os.path.join(output, "train"))
+
+
+def _settings(arguments: argparse.Namespace) -> "Prepare":
+    from pydantic import ValidationError
+
+    from titanling.config import load_config
+    from titanling.config.schema import Prepare
+
+    settings = load_config(arguments.config, {}).config.data.prepare if arguments.config else Prepare()
+    given = {name: getattr(arguments, name, None) for name in Prepare.model_fields}
+    given["text"] = tuple(arguments.text or ()) or None
+    try:
+        settings = Prepare(**dict(settings) | {name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"{flag} {first['input']}: {first['msg']}") from None
+    if not settings.text:
+        raise UserError("--text: give files, folders or globs, or a --config that has data.prepare.text")
+    return settings
+
+
+def _print_report(prefix: str) -> None:
+    from titanling.checkpoint.text import columns
+    from titanling.data.prepare.report import read_report, rows
+
+    print()
+    print("\n".join(columns(rows(read_report(prefix)), right=(2, 3, 4))))
+    print(f"({prefix}.report.json)")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tomli_w
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from titanling.config.load import dump_toml, is_repeated, known_tables, load_config
+from titanling.config.load import dump_toml, is_kind, is_repeated, known_tables, load_config
 from titanling.config.schema import Config
 from titanling.errors import UserError
 
@@ -17,7 +17,7 @@ KEYS = {
     f"{table}.{key}": field
     for table, fields in known_tables().items()
     for key, field in fields.model_fields.items()
-    if f"{table}.{key}" not in known_tables()
+    if f"{table}.{key}" not in known_tables() and not (key == "kind" and is_kind(table))
 }
 BOUNDS = ("ge", "gt", "le", "lt")
 
@@ -173,9 +173,19 @@ def annotation_of(dotted: str) -> Any:
     return inner[0] if type(None) in get_args(annotation) else annotation
 
 
+NEEDED = {
+    "bad_words": {"path": "a"},
+    "decontaminate": {"test_sets": ["a"]},
+    "token_word_ratio": {"max_ratio": {"*": 2}},
+}
+
+
 def override(dotted: str, value: Any) -> dict[str, Any]:
     """What sets one key, and in a table that may come several times what else it needs."""
     table, _, key = dotted.rpartition(".")
+    if is_kind(table):
+        outer, _, kind = table.rpartition(".")
+        return {outer: [NEEDED.get(kind, {}) | {"kind": kind, key: value}]}
     needed = {"data.sources": {"name": "a", "paths": ["a"]}, "data.stages": {"from_step": 1, "weights": {"a": 1}}}
     return {table: [needed[table] | {key: value}]} if is_repeated(table) else {dotted: value}
 

@@ -1,12 +1,17 @@
 """Token files and processes for the tests of this folder."""
 
+import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from titanling.data.indexed import IndexedWriter, Sidecar, write_sidecar
+from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.text import find_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +28,28 @@ def write_documents(prefix: str, documents: list[list[int]], vocab_size: int, **
     return made
 
 
+def json_lines(first: int, last: int) -> bytes:
+    """JSON lines of short documents, each its number."""
+    rows = [{"text": f"document {number}: " + "ñandú and other words " * (number % 7)} for number in range(first, last)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def texts_of(*sources: object) -> list[str]:
+    """Every document of these files or folders, in order."""
+    found = find_files([str(source) for source in sources])
+    return [text for file in found for text in read_documents(Span(file), Reading(), Counter())]
+
+
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
     """Run this interpreter on the checkout."""
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
     )
+
+
+def start_python(*arguments: str) -> subprocess.Popen:
+    """Start this interpreter on the checkout."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

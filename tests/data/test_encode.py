@@ -4,11 +4,11 @@ import builtins
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import texts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -17,7 +17,6 @@ from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset
 from titanling.data.prepare.encode import Encoder
 from titanling.data.prepare.run import prepare
-from titanling.data.prepare.text import find_files, read_text
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 from titanling.data.prepare.train import Recipe, train_tokenizer
 from titanling.errors import UserError
@@ -175,10 +174,6 @@ def test_prepared_files_are_the_same(tmp_path: Path) -> None:
         assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "tokenizers" / name).read_bytes()
 
 
-def every_text(source: Path) -> Iterator[str]:
-    return (text for file in find_files([str(source)]) if (text := read_text(file)) is not None)
-
-
 def test_batches_of_two_splits_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titanling.data.prepare.tokenise.BATCH_CHARACTERS", 9_000)
     settings = Prepare(text=(str(ROOM / "data"),), vocab_size=400, validation_fraction=0.4)
@@ -188,4 +183,4 @@ def test_batches_of_two_splits_lose_nothing(tmp_path: Path, monkeypatch: pytest.
         dataset = IndexedDataset(f"{tmp_path}/{split}")
         assert dataset.num_documents > 2
         found.update(tokenizer.decode(dataset.document(index)[:-1]) for index in range(dataset.num_documents))
-    assert found == Counter(every_text(ROOM / "data"))
+    assert found == Counter(texts_of(ROOM / "data"))

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_helpers import ROOT, run_python
+from data_helpers import ROOT, run_python, texts_of
 from tokenizers import Tokenizer
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar, verify_hashes
+from titanling.data.prepare.readers import Reading
 from titanling.data.prepare.run import prepare
-from titanling.data.prepare.text import find_files, read_text
+from titanling.data.prepare.text import find_files
 from titanling.data.prepare.tokenise import is_validation
 from titanling.data.prepare.tokenizer import load_tokenizer, tokenizer_sha256
 from titanling.data.prepare.train import train_tokenizer
@@ -56,6 +57,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 ALL_FILES = sorted(
     [f"{split}.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx", "json")]
+    + ["train.report.json"]
     + [f"tokenizer/{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map")]
 )
 
@@ -76,7 +78,8 @@ def test_files_are_found_in_a_fixed_order(corpus: Path) -> None:
 
 def test_the_home_folder_may_be_written_short(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(corpus.parent))
-    assert find_files([f"~/{corpus.name}"]) == find_files([str(corpus)])
+    short, full = (find_files([source]) for source in (f"~/{corpus.name}", str(corpus)))
+    assert [file.path for file in short] == [file.path for file in full]
 
 
 def test_the_standard_library_is_enough() -> None:
@@ -85,7 +88,7 @@ def test_the_standard_library_is_enough() -> None:
     paths = [Path(file.path) for file in files]
     assert not any({"site-packages", "test", "__pycache__"} & set(path.parts) for path in paths)
     assert all(path.suffix == ".py" for path in paths) and find_files(["python-stdlib"]) == files
-    assert sum(read_text(file) is None and file.bytes > 0 for file in files) <= 5
+    assert len(files) - len(texts_of("python-stdlib")) - sum(not file.bytes for file in files) <= 5
 
 
 def test_tokenizer_is_deterministic_and_loads_in_transformers(corpus: Path, tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_prepare_writes_every_document_once(corpus: Path, tmp_path: Path) -> Non
         assert word in "\n".join(lines)
     tokenizer = Tokenizer.from_file(f"{output}/tokenizer/tokenizer.json")
     eod = tokenizer.token_to_id("<|end_of_text|>")
-    expected = [text for file in find_files([str(corpus)]) if (text := read_text(file)) is not None]
+    expected = texts_of(corpus)
     total = 0
     for split in ("train", "validation"):
         prefix = f"{output}/{split}"
@@ -182,11 +185,11 @@ def test_large_corpora_train_the_tokenizer_on_a_sample(corpus: Path, monkeypatch
     from titanling.data.prepare import run as module
 
     files = find_files([str(corpus)])
-    whole = [text for split, text in module._documents(files, 0.2, Counter()) if split == "training"]
-    assert list(module._sample(files, 0.2)) == whole
+    whole = [text for split, text in module._documents(files, Reading(), 0.2, Counter()) if split == "training"]
+    assert list(module._sample(files, Reading(), 0.2)) == whole
     size = sum(map(len, whole))
     monkeypatch.setattr(module, "TOKENIZER_BYTES", size // 4)
-    taken = list(module._sample(files, 0.2))
+    taken = list(module._sample(files, Reading(), 0.2))
     assert 0.5 * size / 4 < sum(map(len, taken)) <= size // 4
     places = [whole.index(text) for text in taken[:-1]]
     assert max(places) > 0.6 * len(whole)  # spread over the corpus

@@ -3,8 +3,9 @@
 import difflib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import tomli
 import tomli_w
@@ -58,8 +59,11 @@ def dump_toml(config: Config) -> str:
     return tomli_w.dumps(_lists(tree))
 
 
+@cache
 def known_tables() -> dict[str, type[BaseModel]]:
-    """Dotted name → class of every table, in the order of the schema."""
+    """Dotted name → class of every table, in the order of the schema. Where a list holds tables of several kinds, the
+    kind is the last part of the name: data.prepare.filters.length.
+    """
     tables: dict[str, type[BaseModel]] = {}
 
     def walk(table: type[BaseModel], prefix: str) -> None:
@@ -68,9 +72,19 @@ def known_tables() -> dict[str, type[BaseModel]]:
             if inner is not None:
                 tables[prefix + name] = inner
                 walk(inner, f"{prefix}{name}.")
+            tables.update({f"{prefix}{name}.{kind}": table for kind, table in _kinds(field.annotation).items()})
 
     walk(Config, "")
     return tables
+
+
+def _kinds(annotation: Any) -> dict[str, type[BaseModel]]:
+    """Kind → table, if it is a list of tables of several kinds."""
+    if get_origin(annotation) is not tuple:
+        return {}
+    union = next(iter(get_args(get_args(annotation)[0])), None)  # the list's argument without its discriminator
+    tables = [table for table in get_args(union) if _is_table(table)]
+    return {get_args(table.model_fields["kind"].annotation)[0]: table for table in tables}
 
 
 def _is_table(annotation: Any) -> bool:
@@ -100,12 +114,28 @@ def unknown_key(dotted: str) -> str:
 def is_repeated(table: str) -> bool:
     """Whether a file may hold several of a table, [[table]]."""
     outer, _, key = table.rpartition(".")
+    if is_kind(table):
+        return True
     return not _is_table((known_tables()[outer] if outer else Config).model_fields[key].annotation)
 
 
 def without_places(dotted: str) -> str:
     """A dotted key without the places in lists of tables: data.stages.0.from_step is of data.stages.from_step."""
     return ".".join(part for part in dotted.split(".") if not part.isdecimal())
+
+
+def is_kind(table: str) -> bool:
+    """Whether it is one of several kinds of table in the same list, named by its key `kind`."""
+    outer = table.rpartition(".")[0]
+    return bool(outer) and outer not in known_tables()
+
+
+def header(table: str) -> str:
+    """How a file begins a table; one of several kinds with the key that tells them apart."""
+    if is_kind(table):
+        outer, _, kind = table.rpartition(".")
+        return f'[[{outer}]] kind = "{kind}"'
+    return f"[[{table}]]" if is_repeated(table) else f"[{table}]"
 
 
 def is_key(dotted: str) -> bool:
@@ -226,7 +256,8 @@ def _key_of(detail: ErrorDetails) -> str:
     names = [part for part in detail["loc"] if isinstance(part, str)]
     # A key of several types has its complaints further down, one for each type.
     starts = (".".join(names[:length]) for length in range(1, len(names)))
-    return next((start for start in starts if is_key(start) and start not in known_tables()), ".".join(names))
+    outer = {*known_tables(), *(table.rpartition(".")[0] for table in known_tables())}
+    return next((start for start in starts if is_key(start) and start not in outer), ".".join(names))
 
 
 def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str, str], path: str) -> str:
@@ -241,12 +272,23 @@ def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str,
         return f"{_origin(origins, culprit, path)}: {dotted}.{context['error']}"
     if kind == "missing":
         table, _, key = dotted.rpartition(".")
-        return f"{where}: a [[{table}]] has no {key}, which it needs"
+        return f"{where}: a {header(table)} has no {key}, which it needs"
+    if kind.startswith("union_tag"):
+        return f"{where}: {_explain_kind(dotted, context)}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, [{dotted}]"
+        how = f"[{dotted}]" if dotted in known_tables() else f"[[{dotted}]]"
+        return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, {how}"
     wanted = list(dict.fromkeys(_requirement(each["type"], each.get("ctx", {}), each["msg"]) for each in complaints))
     requirement = ", or ".join([wanted[0], *(text.removeprefix("must be ") for text in wanted[1:])])
     return f"{where}: {dotted} = {_show(detail['input'])}: {requirement}"
+
+
+def _explain_kind(dotted: str, context: dict[str, Any]) -> str:
+    kinds = [table.rpartition(".")[2] for table in known_tables() if table.rpartition(".")[0] == dotted]
+    if "tag" not in context:
+        return f"a [[{dotted}]] has no kind, which it needs: one of {', '.join(kinds)}"
+    hint = nearest(context["tag"], kinds) or f"; there are {', '.join(kinds)}"
+    return f"{dotted} has the unknown kind {_show(context['tag'])}{hint}"
 
 
 def _requirement(kind: str, context: dict[str, Any], message: str) -> str:

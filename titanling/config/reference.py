@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from titanling.config.load import is_repeated, known_tables
+from titanling.config.load import header, is_kind, is_repeated, known_tables
 
 HELP = """\
 usage: python -m titanling.train --config FILE [--table.key value …] [--print-config | --dry-run]
@@ -29,8 +29,8 @@ def help_text() -> str:
     """Every key with its type, default and meaning, as plain text."""
     lines = [HELP]
     for table, keys in _tables():
-        lines.append(f"{_header(table)} {_doc(known_tables()[table])}")
-        flag = f"{_header(table)} " if is_repeated(table) else f"--{table}."
+        lines.append(f"{header(table)} {_doc(known_tables()[table])}")
+        flag = f"{header(table)} " if is_repeated(table) else f"--{table}."
         lines += [f"  {flag}{key}  {kind}, default {default}\n      {doc}" for key, kind, default, doc in keys]
         lines.append("")
     return "\n".join(lines)
@@ -50,7 +50,7 @@ def markdown() -> str:
         " wherever the meaning is the same; keys marked *not yet* are understood but accept only their default so far.",
     ]
     for table, keys in _tables():
-        lines += ["", f"## {_header(table)}", "", _doc(known_tables()[table]), "", "| key | type | default | meaning |"]
+        lines += ["", f"## {header(table)}", "", _doc(known_tables()[table]), "", "| key | type | default | meaning |"]
         lines.append("|---|---|---|---|")
         for key, kind, default, doc in keys:
             cells = (f"`{key}`", kind, default if default in ("unset", "required") else f"`{default}`", doc)
@@ -62,17 +62,13 @@ def _tables() -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     found = []
     for name, table in known_tables().items():
         keys = [
-            (key, _kind(field), _default(field), _description(field))
+            (key, _kind(f"{name}.{key}", field), _default(field), _description(field))
             for key, field in table.model_fields.items()
-            if f"{name}.{key}" not in known_tables()
+            if f"{name}.{key}" not in known_tables() and not (key == "kind" and is_kind(name))
         ]
         if keys:
             found.append((name, keys))
     return found
-
-
-def _header(table: str) -> str:
-    return f"[[{table}]]" if is_repeated(table) else f"[{table}]"
 
 
 def _doc(table: type) -> str:
@@ -92,7 +88,9 @@ def _default(field: FieldInfo) -> str:
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _kind(field: FieldInfo) -> str:
+def _kind(dotted: str, field: FieldInfo) -> str:
+    if any(table.startswith(f"{dotted}.") for table in known_tables()):
+        return "list of tables"
     bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in SIGNS if hasattr(m, name)]
     return " ".join([_type_name(field.annotation), *bounds])
 
@@ -111,6 +109,8 @@ def _type_name(annotation: Any) -> str:
     inner = [a for a in get_args(annotation) if a is not type(None) and a is not Ellipsis]
     if get_origin(annotation) is dict:
         return f"table of names and {_type_name(inner[1])}s"
+    if get_origin(annotation) is tuple and Ellipsis not in get_args(annotation):
+        return f"[{', '.join(map(_type_name, get_args(annotation)))}]"
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(inner[0])}"
     return " or ".join(_type_name(a) for a in inner)

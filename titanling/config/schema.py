@@ -5,7 +5,7 @@ waits for its feature: any value but its default is refused when a run starts. T
 documentation: `--help` and docs/configuration.md are made from it.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -441,11 +441,240 @@ class Debug(Table):
     """Use only deterministic kernels, even where slower. A CPU run is deterministic without it."""
 
 
+Needs = Literal["text", "hashes", "tokens"]
+"""What a filter works on: one document's text alone, also what came before it, or also the number of its tokens."""
+Share = Annotated[float, Field(ge=0, le=1)]
+NGrams = Annotated[
+    tuple[Annotated[tuple[Annotated[int, Field(ge=1, le=32)], Share], BeforeValidator(_as_tuple)], ...],
+    BeforeValidator(_as_tuple),
+]
+
+
+class LengthFilter(Table):
+    """Drops documents that are too short or too long."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["length"]
+    """This filter."""
+    min_characters: int | None = Field(None, ge=1)
+    """Least length in characters."""
+    max_characters: int | None = Field(None, ge=1)
+    """Greatest length in characters."""
+    min_words: int | None = Field(None, ge=1)
+    """Least length in words. Here and below words are what white space separates, if nothing else is said."""
+    max_words: int | None = Field(None, ge=1)
+    """Greatest length in words."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LengthFilter":
+        if not self.model_fields_set & {"min_characters", "max_characters", "min_words", "max_words"}:
+            raise ValueError("min_characters, max_characters, min_words, max_words: none is set; set one, or drop this")
+        for unit in ("characters", "words"):
+            low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min_{unit} = {low} is above max_{unit} = {high}; every document would be dropped")
+        return self
+
+
+class LanguageFilter(Table):
+    """Drops documents that are not in the language of their source, as far as a library can tell."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["language"]
+    """This filter."""
+    min_score: float = Field(0.65, gt=0, le=1)
+    """Least probability of the language."""
+    library: Literal["py3langid", "lingua", "fasttext"] = "py3langid"
+    """What tells it (each an extra of its name): py3langid, small and offline; lingua, slower and better on short
+    texts; fasttext, with a model that you give."""
+    model: Text | None = None
+    """fasttext's model, such as lid.176.bin or GlotLID's."""
+    characters: int = Field(2000, ge=1)
+    """How much of a document's beginning is looked at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LanguageFilter":
+        if (self.library == "fasttext") != (self.model is not None):
+            raise ValueError('model belongs to library = "fasttext", which needs one; set both or neither')
+        return self
+
+
+class BadWordsFilter(Table):
+    """Drops documents with several words or phrases of a list."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["bad_words"]
+    """This filter."""
+    path: Text
+    """List in UTF-8, one word or phrase a line, # begins a comment; "{language}" stands for the source's language."""
+    hits: int = Field(5, ge=1)
+    """Drop a document in which so many places match. Case does not matter, and only whole words match."""
+
+
+class SymbolLinesFilter(Table):
+    """Takes out lines that are mostly symbols; a document of which nothing is left is dropped."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["symbol_lines"]
+    """This filter."""
+    max_symbols: float = Field(0.5, ge=0, lt=1)
+    """Greatest share of symbols (neither letter nor digit) among a line's characters without white space."""
+
+
+class GopherQualityFilter(Table):
+    """Drops documents by the quality rules of Gopher (Rae et al. 2021, appendix A.1.1)."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["gopher_quality"]
+    """This filter."""
+    min_words: int = Field(50, ge=0)
+    """Least number of words."""
+    max_words: int = Field(100_000, ge=1)
+    """Greatest number of words."""
+    min_mean_word_length: float = Field(3.0, ge=0)
+    """Least mean length of a word in characters."""
+    max_mean_word_length: float = Field(10.0, gt=0)
+    """Greatest mean length of a word in characters."""
+    max_symbol_ratio: float = Field(0.1, ge=0)
+    """Greatest number of # per word, and of ellipses per word."""
+    max_bullet_lines: float = Field(0.9, ge=0, le=1)
+    """Greatest share of lines that begin with a bullet or a dash."""
+    max_ellipsis_lines: float = Field(0.3, ge=0, le=1)
+    """Greatest share of lines that end with an ellipsis."""
+    min_alphabetic_words: float = Field(0.8, ge=0, le=1)
+    """Least share of words with a letter."""
+    min_stop_words: int = Field(2, ge=0)
+    """Least number of different stop words; 0: do not look for them."""
+    stop_words: Text | None = None
+    """List of them, as bad_words.path. Unset: Gopher's eight English ones, which serve no other language."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "GopherQualityFilter":
+        for low, high in (("min_words", "max_words"), ("min_mean_word_length", "max_mean_word_length")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low} = {getattr(self, low)} is above {high} = {getattr(self, high)}; lower it")
+        return self
+
+
+class GopherRepetitionFilter(Table):
+    """Drops documents that repeat themselves (Rae et al. 2021, table A1). A repeated line, paragraph or n-gram is one
+    that has been seen in the document before; characters are counted once, without white space."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["gopher_repetition"]
+    """This filter."""
+    max_lines: float = Field(0.3, ge=0, le=1)
+    """Greatest share of repeated lines."""
+    max_paragraphs: float = Field(0.3, ge=0, le=1)
+    """Greatest share of repeated paragraphs, which blank lines separate."""
+    max_line_characters: float = Field(0.2, ge=0, le=1)
+    """Greatest share of characters in repeated lines."""
+    max_paragraph_characters: float = Field(0.2, ge=0, le=1)
+    """Greatest share of characters in repeated paragraphs."""
+    top_n_grams: NGrams = ((2, 0.2), (3, 0.18), (4, 0.16))
+    """[n, share]: greatest share of characters in the places of that n-gram of words which covers most of them; only
+    n-grams that come more than once."""
+    repeated_n_grams: NGrams = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.1))
+    """[n, share]: greatest share of characters in repeated n-grams of words."""
+
+
+class FixTextFilter(Table):
+    """Repairs text that was decoded wrongly (mojibake), by ftfy (extra: `ftfy`). Quotes, ligatures and HTML stay."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["fix_text"]
+    """This filter."""
+    normalization: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode normal form of the result."""
+
+
+class DeduplicateDocumentsFilter(Table):
+    """Drops documents whose text has come before, to the letter."""
+
+    needs: ClassVar[Needs] = "hashes"
+    kind: Literal["deduplicate_documents"]
+    """This filter."""
+
+
+class DeduplicateParagraphsFilter(Table):
+    """Takes out paragraphs that have come before, in this document or another; drops a document that has none left."""
+
+    needs: ClassVar[Needs] = "hashes"
+    kind: Literal["deduplicate_paragraphs"]
+    """This filter."""
+    separator: Text = "\n\n"
+    """What stands between paragraphs; a line break for web text of one paragraph a line."""
+    min_characters: int = Field(1, ge=1)
+    """Shorter paragraphs stay. White space at a paragraph's ends never counts."""
+
+
+class TokenWordRatioFilter(Table):
+    """Drops documents that need many tokens for a word (or few): text that is broken, or in another language. The
+    tokens are those of the run's tokenizer, so such filters stand last."""
+
+    needs: ClassVar[Needs] = "tokens"
+    kind: Literal["token_word_ratio"]
+    """This filter."""
+    max_ratio: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Language → greatest number of tokens per word; "*" stands for all that are not named."""
+    min_ratio: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Language → least number of tokens per word; "*" as above. Not named: no limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenWordRatioFilter":
+        for language, low in self.min_ratio.items():
+            high = self.max_ratio.get(language, self.max_ratio.get("*"))
+            if high is not None and low > high:
+                raise ValueError(f"min_ratio of {language} = {low} is above its max_ratio = {high}; lower it")
+        return self
+
+
+class DecontaminateFilter(Table):
+    """Drops documents that contain a text of a test set: containment of n-grams of words, without case and
+    punctuation."""
+
+    needs: ClassVar[Needs] = "text"
+    kind: Literal["decontaminate"]
+    """This filter."""
+    test_sets: Strings = Field(min_length=1)
+    """Files or globs: .txt, where each line is a test text, or .jsonl, where each string is; also .gz."""
+    n: int = Field(13, ge=2, le=64)
+    """Words of an n-gram. A shorter test text is looked for as a whole."""
+    min_containment: float = Field(0.8, gt=0, le=1)
+    """Drop a document that holds at least this share of the n-grams of a test text."""
+    min_words: int = Field(8, ge=2)
+    """Shorter test texts are not looked for: they stand in many a document by chance."""
+
+
+Filter = Annotated[
+    LengthFilter
+    | LanguageFilter
+    | BadWordsFilter
+    | SymbolLinesFilter
+    | GopherQualityFilter
+    | GopherRepetitionFilter
+    | FixTextFilter
+    | DeduplicateDocumentsFilter
+    | DeduplicateParagraphsFilter
+    | TokenWordRatioFilter
+    | DecontaminateFilter,
+    Field(discriminator="kind"),
+]
+"""What may be done to documents before they are tokenised."""
+
+
 class Prepare(Table):
-    """Makes the tokenizer and the token files from plain text when they do not exist yet."""
+    """Makes the tokenizer and the token files from text when they do not exist yet."""
 
     text: Strings = ()
-    """Files, folders or globs of UTF-8 text (each file is a document), or "python-stdlib". Empty: prepare nothing."""
+    """Files, folders or globs, or "python-stdlib"; each also as NAME=PATH. .jsonl and .parquet hold a document a line
+    or row, other files are a document each, in UTF-8; .gz and .zst are unpacked. Empty: prepare nothing."""
+    text_field: Text = "text"
+    """JSON lines, Parquet: key or column of the text."""
+    max_document_bytes: int = Field(100_000_000, ge=1, le=1_000_000_000)
+    """Refuse a document above this, as text that misses its line ends."""
+    skip_bad: bool = False
+    """Count documents that cannot be used and leave them out, instead of refusing them."""
     vocab_size: int = Field(8192, ge=258)
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
     validation_fraction: float = Field(0.01, gt=0, lt=1)
@@ -453,6 +682,13 @@ class Prepare(Table):
     backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     """What encodes the text. "auto": gigatoken, many times faster, if it is installed (extra: `gigatoken`) and gives
     the ids of tokenizers on a sample of the text; else tokenizers. The files are the same."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that prepare. Unset: one for each core, and no more than the text has pieces of 64 MB. The files are
+    the same."""
+    language: Text | None = None
+    """Language of the text, for filters. Unset: of NAME=PATH, the NAME."""
+    filters: Annotated[tuple[Filter, ...], BeforeValidator(_as_tuple)] = ()
+    """[[data.prepare.filters]], applied to each document in the order given"""
 
 
 class Source(Table):

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import tomli
 
-from titanling.data.prepare.text import TextFile, find_files, read_text
+from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
 # A long document is sampled in pieces of at least so many characters, each ending before white space.
@@ -108,8 +110,8 @@ class Sample:
 
 
 def _pieces(files: Sequence[TextFile]) -> Iterator[str]:
-    for file in files:
-        text = read_text(file) or ""
+    texts = (text for file in files for text in read_documents(Span(file), Reading(), Counter()))
+    for text in texts:
         start = 0
         while start < len(text):
             space = _SPACE.search(text, start + PIECE)

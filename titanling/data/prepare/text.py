@@ -1,4 +1,4 @@
-"""Finds the text to prepare: each file is one document."""
+"""Finds the files of text to prepare."""
 
 import glob
 import os
@@ -23,41 +23,41 @@ class TextFile:
     """Size of the file."""
     lenient: bool = False
     """Skip the file instead of failing if it is not UTF-8."""
+    source: str = ""
+    """What reports call the argument that it came by: its NAME, or the argument."""
+    name: str | None = None
+    """NAME of NAME=PATH."""
 
 
 def find_files(sources: Sequence[str]) -> list[TextFile]:
     """Files of `Prepare.text` in a fixed order: by source as given, by relative POSIX path within a source.
 
     A source is a file, a folder (everything below it but hidden files and folders), a glob (files only, ** allowed),
-    or "python-stdlib" (the standard library's .py files without its tests). A file found twice counts once.
-    Raises `UserError` for a source that yields no file.
+    or "python-stdlib" (the standard library's .py files without its tests), each also as NAME=PATH. A file found
+    twice counts once. Raises `UserError` for a source that yields no file.
     """
     found: dict[str, TextFile] = {}
     for source in sources:
-        lenient = source == STDLIB
-        paths = _find(os.path.expanduser(source))
+        name, path = split_name(source)
+        lenient = path == STDLIB
+        paths = _find(os.path.expanduser(path))
         if not paths:
             raise UserError(
-                f'data.prepare.text: "{source}" is no file, folder or glob that holds any; correct the path'
+                f'data.prepare.text: "{path}" is no file, folder or glob that holds any; correct the path'
                 " (it is relative to the working directory)"
             )
         for path in paths:
-            found.setdefault(os.path.realpath(path), TextFile(path, os.path.getsize(path), lenient))
+            file = TextFile(path, os.path.getsize(path), lenient, name or source, name)
+            found.setdefault(os.path.realpath(path), file)
     return list(found.values())
 
 
-def read_text(file: TextFile) -> str | None:
-    """The text of a file exactly as stored, None if it is empty or (lenient) not UTF-8. Raises `UserError`."""
-    try:
-        return Path(file.path).read_bytes().decode("utf-8") or None
-    except UnicodeDecodeError as error:
-        # The standard library holds a few files in other encodings, to test Python's own decoding.
-        if file.lenient:
-            return None
-        raise UserError(
-            f"{file.path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8) or leave it out of"
-            " data.prepare.text"
-        ) from None
+def split_name(source: str) -> tuple[str | None, str]:
+    """NAME and PATH of NAME=PATH; no NAME if there is none, or if the whole is a path that exists."""
+    name, equals, path = source.partition("=")
+    if not equals or not name or not path or "/" in name or os.path.exists(source):
+        return None, source
+    return name, path
 
 
 def _find(source: str) -> list[str]:

@@ -1,0 +1,108 @@
+"""Joins token files, such as those of shards, to one: the same bytes as if they had been written at once."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from titanling.data.indexed import (
+    FLUSH_TOKENS,
+    HEADER,
+    PREPARE_AGAIN,
+    IndexedDataset,
+    IndexedWriter,
+    Sidecar,
+    read_sidecar,
+    write_sidecar,
+)
+from titanling.data.prepare.join import copy_documents
+from titanling.data.prepare.report import merge_reports, write_report
+from titanling.errors import UserError
+
+SHARD = re.compile(r"-shard-(\d{5})-of-(\d{5})\.(?:json|empty)$")
+
+
+def shards_of(prefix: str) -> list[str]:
+    """Prefixes of the shards of `prefix` in order, all of them finished. Raises `UserError`."""
+    found = {}
+    for path in glob.glob(f"{glob.escape(prefix)}-shard-*"):
+        if match := SHARD.search(path):
+            found[int(match[1]), int(match[2])] = path.rpartition(".")[0]
+    counts = {count for _, count in found}
+    if len(counts) != 1:
+        what = f"shards of {' and of '.join(map(str, sorted(counts)))}" if counts else "no shards"
+        raise UserError(f"{prefix}: has {what} ({prefix}-shard-00001-of-….json); correct it, or give the inputs")
+    count = counts.pop()
+    missing = [str(number) for number in range(1, count + 1) if (number, count) not in found]
+    if missing:
+        raise UserError(f"{prefix}: shards {', '.join(missing)} of {count} are not finished; run them (again) first")
+    return [found[number, count] for number in range(1, count + 1)]
+
+
+def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
+    """Write `prefix`.bin/.idx/.json, the documents of the inputs (prefixes) one after another; lines of remarks beside.
+
+    An input of which only PREFIX.empty exists adds nothing. The inputs' hashes are compared on the way. Reports
+    of shards are added up. Raises `UserError`: an input that is missing, damaged or of another tokenizer, files that
+    exist already; then nothing is written.
+    """
+    filled = [name for name in inputs if os.path.exists(f"{name}.json") or not os.path.exists(f"{name}.empty")]
+    if not filled:
+        raise UserError(f"{prefix}: no document falls into any of its {len(inputs)} shards; nothing to write")
+    sidecars = [read_sidecar(name) for name in filled]
+    first = sidecars[0]
+    for name, sidecar in zip(filled, sidecars, strict=True):
+        for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
+            if getattr(sidecar, key) != getattr(first, key):
+                raise UserError(f"{name}.json: {key} is not that of {filled[0]}.json; prepare both with one tokenizer")
+    with IndexedWriter(prefix, first.vocab_size) as writer:
+        for name, sidecar in zip(filled, sidecars, strict=True):
+            _copy(writer, name, sidecar)
+    lines = _merge_reports(prefix, inputs)
+    source = " ".join(dict.fromkeys(sidecar.source for sidecar in sidecars))
+    size = sum(sidecar.utf8_bytes for sidecar in sidecars)
+    merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source)
+    write_sidecar(prefix, merged)
+    return merged, lines
+
+
+def document_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each document: (documents,) int32 or int64. The files must have been opened as `IndexedDataset`."""
+    path = f"{prefix}.idx"
+    with open(path, "rb") as file:
+        _, _, _, sequences, entries = HEADER.unpack(file.read(HEADER.size))
+    lengths = np.memmap(path, "<i4", "r", HEADER.size, (sequences,)).view(np.ndarray)
+    documents = np.memmap(path, "<i8", "r", HEADER.size + 12 * sequences, (entries,)).view(np.ndarray)
+    if sequences == entries - 1:  # one of each, as we write them
+        return lengths
+    return np.diff(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents])
+
+
+def _copy(writer: IndexedWriter, prefix: str, sidecar: Sidecar) -> None:
+    dataset = IndexedDataset(prefix)
+    dataset.close()
+    tokens = np.memmap(f"{prefix}.bin", dataset.dtype, "r").view(np.ndarray)
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), FLUSH_TOKENS):
+        digest.update(tokens[start : start + FLUSH_TOKENS])
+    if digest.hexdigest() != sidecar.bin_sha256:
+        raise UserError(f"{prefix}.bin: damaged, its SHA-256 is not the one in {prefix}.json; {PREPARE_AGAIN}")
+    copy_documents(writer, tokens, document_lengths(prefix))
+
+
+def _merge_reports(prefix: str, inputs: Sequence[str]) -> list[str]:
+    """Add up the reports of shards, if there are any; what is to be said about them."""
+    paths = [Path(f"{name}.report.json") for name in inputs]
+    if not all(path.exists() for path in paths):
+        return []
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    deduplicated = [name for name in reports[0]["filters"] if name.startswith("deduplicate")]
+    write_report(prefix, merge_reports(reports))
+    if not deduplicated or len(reports) < 2:
+        return []
+    return [f"{', '.join(deduplicated)}: each shard knew only its own documents; what two of them share is still there"]

@@ -1,0 +1,88 @@
+"""Files of words and of test texts that filters look for."""
+
+import glob
+import gzip
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from titanling.errors import UserError
+
+_WORD = re.compile(r"\w+")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, without punctuation and case."""
+    return _WORD.findall(text.casefold())
+
+
+def list_path(path: str, language: str | None) -> str:
+    """A list's path for a language. Raises `UserError` if it needs a language and there is none, or is missing."""
+    if "{language}" in path:
+        if language is None:
+            raise UserError(
+                f"data.prepare.filters: {path} asks for the language, which is not known; set data.prepare.language"
+            )
+        path = path.replace("{language}", language)
+    if not os.path.isfile(path):
+        of = "" if language is None else f" (language {language})"
+        raise UserError(f"data.prepare.filters: {path}: no such list{of}; add the file or correct the path")
+    return path
+
+
+def read_list(path: str, language: str | None) -> list[str]:
+    """The entries of a list, without comments, in normal form C. Raises `UserError`, also if there is none."""
+    path = list_path(path, language)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8)") from None
+    entries = [entry for line in lines if (entry := unicodedata.normalize("NFC", line.partition("#")[0].strip()))]
+    if not entries:
+        raise UserError(f"{path}: holds no word; add some, or take the filter out of data.prepare.filters")
+    return entries
+
+
+def read_words(path: str, language: str | None) -> set[str]:
+    """The entries of a list, without case."""
+    return {entry.casefold() for entry in read_list(path, language)}
+
+
+def find_test_sets(patterns: Sequence[str]) -> list[str]:
+    """Files of `test_sets`, sorted within each. Raises `UserError` for one that finds none or another kind of file."""
+    found = []
+    for pattern in patterns:
+        paths = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise UserError(f'data.prepare.filters: test_sets: "{pattern}" finds no file; correct the path')
+        for path in paths:
+            if not path.removesuffix(".gz").endswith((".txt", ".jsonl")):
+                raise UserError(f"{path}: a test set is a .txt or .jsonl, perhaps with .gz; rename or convert it")
+        found += paths
+    return list(dict.fromkeys(found))
+
+
+def read_test_texts(path: str) -> Iterator[str]:
+    """The lines of a .txt, the strings of each object of a .jsonl. Raises `UserError`."""
+    opener = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield from _strings(json.loads(line)) if ".jsonl" in os.path.basename(path) else (line,)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read at line {number} ({error}); mend or replace this test set") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
