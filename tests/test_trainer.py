@@ -140,11 +140,10 @@ def test_loss_and_gradients_do_not_depend_on_accumulation(tmp_path: Path, tiny_d
 
 def test_first_loss_is_the_mean_over_the_global_batch(tmp_path: Path, tiny_data: TinyData) -> None:
     with open_trainer(tmp_path, tiny_data, WITHOUT_CHECKPOINTS) as trainer:
-        source = trainer.loader.dataset.source
-        tokens = torch.from_numpy(source.read(np.arange(4)).astype(np.int64))
+        batch = {key: torch.from_numpy(array) for key, array in trainer.source.batch(np.arange(4)).items()}
         with torch.no_grad():
-            logits = trainer.runner.parts[0](tokens[:, :-1])
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            logits = trainer.runner.parts[0](batch["input_ids"])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
         loss, _, _ = trainer.train_step()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 

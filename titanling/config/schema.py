@@ -770,8 +770,8 @@ class Data(Table):
     --eod-mask-loss in one; torchtitan keeps that label.)"""
     packing: Literal["concat", "best_fit"] = "concat"
     """How training sequences are made. "concat": the stream of tokens is cut every seq_len tokens. "best_fit":
-    documents are cut where they are longer than seq_len, and put together so that sequences are full; less than one in
-    a hundred is cut otherwise. With document_mask = "causal", each part is a document of its own."""
+    documents are cut where they are longer than seq_len, and put together so that sequences are full; a few are cut to
+    fill them. With document_mask = "causal", each part is a document of its own."""
     packing_window: int = Field(256, ge=16)
     """Sequences that are packed together by best_fit, at least. Padding stays below 1 / packing_window."""
     audit_log: bool = False

@@ -8,8 +8,9 @@ language models Ding et al., Fewer Truncations Improve Language Modeling, 2024).
 Every stretch has the same number of rows, as few as its tokens can fill: so a run's sequences can be counted, and any
 of them found, without packing those before it; an index of 10¹² tokens' rows would take hours to make. The price:
 where best fit would take one more row, parts that find no room are split into what is left at the end, as is a
-document where two stretches meet. Both are few, for best fit leaves hardly any room; in return padding is less than one
-row of a stretch, less than 1 / `window`, whatever the text.
+document where two stretches meet. Where lengths differ, these are few, for best fit leaves hardly any room; where most
+documents are just above half of seq_len they are many, and best fit would leave half of each row empty. In return
+padding is less than one row of a stretch, less than 1 / `window`, whatever the text.
 
 A row is found by packing its stretch, which takes about a millisecond. So that it need not be done anew for each, the
 order stays within GROUP stretches for a while: each epoch visits the stretches in a permuted order, and permutes the
