@@ -20,6 +20,7 @@ ROOMS_WITHOUT_TORCH = [
     "titanling.data.order",
     "titanling.data.prepare.run",
     "titanling.data.raw",
+    "titanling.data.streaming",
     "titanling.checkpoint.describe",
     "titanling.checkpoint.folder",
     "titanling.checkpoint.inventory",

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.loader import Batch, Prefetcher, split
+from titanling.data.sources import MUCH
 from titanling.data.streaming import Streams
 from titanling.errors import UserError
 from titanling.stop import GRACEFUL
@@ -110,7 +111,8 @@ class StreamLoader:
                 raise UserError(rows)
             for name, epoch, before in zip(self._names, epochs, known or epochs, strict=True):
                 if epoch > before:
-                    self._say(f'data: "{name}" is read for the {_ordinal(epoch + 1)} time')
+                    much = f"; more than {MUCH} times teaches less than new text" if epoch == MUCH else ""
+                    self._say(f'data: "{name}" is read for the {_ordinal(epoch + 1)} time{much}')
             known = list(map(max, epochs, known or epochs))
             inputs, labels = split(rows)
             yield {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
