@@ -142,6 +142,20 @@ def test_a_resumed_loader_reads_the_same(
         assert all(map(torch.equal, tensors(again, 15), straight[stop : stop + 15]))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", [lambda s: s.pop("batches"), lambda s: s.update(places={"x": ["a"]})])
+def test_a_state_that_is_none(
+    tmp_path: Path, tiny_data: TinyData, workers: int, change: Callable[[dict[str, Any]], object]
+) -> None:
+    streamed = streams(tiny_data, source(write_jsonl(tmp_path / "x.jsonl", documents(9))), workers=workers)
+    first = loader(streamed)
+    tensors(first, 3)
+    state = first.state_dict()
+    change(state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"] if workers else state["dataset_state"])
+    with pytest.raises((LookupError, TypeError, ValueError)):
+        loader(streamed).load_state_dict(state)
+
+
 def test_a_mixture_of_streams_and_their_epochs(tmp_path: Path, tiny_data: TinyData) -> None:
     """Shares are exact over all ranks; each source's own documents come in windows of its own."""
     marks = {"x": "rain ", "y": "roof "}
