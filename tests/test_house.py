@@ -23,6 +23,7 @@ ROOMS_WITHOUT_TORCH = [
     "titanling.data.trace",
     "titanling.data.audit",
     "titanling.data.verify",
+    "titanling.data.streaming",
     "titanling.checkpoint.describe",
     "titanling.checkpoint.folder",
     "titanling.checkpoint.inventory",

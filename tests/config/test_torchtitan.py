@@ -150,8 +150,9 @@ def test_its_debug_model_trains_on_a_folder(tmp_path: Path, tiny_data: TinyData)
     run = run_train(
         *("--config", TOMLS / "debug_model.toml", "--training.dataset_path", tmp_path / "c4"),
         *("--model.hf_assets_path", tiny_data.tokenizer, "--training.steps", "2", "--training.seq_len", "32"),
+        *("--model.dim", "32", "--model.n_layers", "2", "--model.n_heads", "4", "--model.n_kv_heads", "2"),
         *("--job.dump_folder", tmp_path / "run", "--checkpoint.enable=false", "--metrics.enable_tensorboard=false"),
         env=clean_env(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf")),
     )
     assert run.returncode == 0, run.stderr
-    assert "c4_test  100.00 %  of 1 hf file" in run.stdout and "step 2/2" in run.stdout
+    assert "c4_test  100.00 %  of 1 hf file" in run.stdout and "Done: 2 steps" in run.stdout

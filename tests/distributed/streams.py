@@ -32,9 +32,7 @@ def main(folder: Path, data: TinyData) -> None:
     with suite.trainer(settings, run="straight") as trainer:
         trainer.train()
         straight = live_tensors(trainer)
-    with suite.trainer(settings, run="stopped") as trainer:
-        seen = [torch.cat([next(trainer.batches)["input_ids"] for _ in range(2)]).tolist() for _ in range(3)]
-        seen = trainer.world.gather(seen)
+        seen = trainer.world.gather([next(trainer.batches)["input_ids"].tolist() for _ in range(6)])
     with suite.trainer(settings, {"training.steps": 3, "lr_scheduler.total_steps": STEPS}, run="stopped") as trainer:
         trainer.train()
     refused = ""

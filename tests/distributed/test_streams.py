@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers import TinyData, launch_ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_with_workers(tmp_path: Path, tiny_data: TinyData) -> None:
     for file in range(3):
         texts = [f"text {file} {row} " + f"{file} rain {row} " * (row % 7) for row in range(40)]

@@ -13,8 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.loader import Batch, Prefetcher
-from titanling.data.sources import whole_batch
-from titanling.data.streaming import Streams
+from titanling.data.sources import MUCH, whole_batch
+from titanling.data.streaming import Place, Streams
 from titanling.errors import UserError
 from titanling.stop import GRACEFUL
 
@@ -55,8 +55,12 @@ class StreamRows(IterableDataset):
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there. An iterator that is open is of no more use; take a new one."""
-        self._state = state
+        """Continue there. An iterator that is open is of no more use; take a new one.
+
+        Raises KeyError, TypeError, ValueError or AttributeError for a state that is none.
+        """
+        places = {name: list(Place(*map(int, place))) for name, place in state["places"].items()}
+        self._state = {"batches": int(state["batches"]), "places": places}
 
     def _give(self, items: Iterator[tuple[Item, dict[str, Any]]]) -> Iterator[Item]:
         for item, self._state in items:
@@ -91,6 +95,7 @@ class StreamLoader:
     def __init__(self, rows: StreamRows, say: Callable[[str], None]) -> None:
         self._names = [source.name for source in rows.streams.sources]
         self._say = say
+        self._begun: Iterator[Item] | None = None
         workers = rows.streams.workers
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
@@ -105,13 +110,15 @@ class StreamLoader:
             )
 
     def __iter__(self) -> Iterator[Batch]:
+        items, self._begun = iter(self._loader) if self._begun is None else self._begun, None
         known: list[int] | None = None
-        for rows, epochs in self._loader:
+        for rows, epochs in items:
             if isinstance(rows, str):
                 raise UserError(rows)
             for name, epoch, before in zip(self._names, epochs, known or epochs, strict=True):
                 if epoch > before:
-                    self._say(f'data: "{name}" is read for the {_ordinal(epoch + 1)} time')
+                    much = f"; more than {MUCH} times teaches less than new text" if epoch == MUCH else ""
+                    self._say(f'data: "{name}" is read for the {_ordinal(epoch + 1)} time{much}')
             known = list(map(max, epochs, known or epochs))
             yield {name: torch.from_numpy(array) for name, array in whole_batch(rows).items()}
 
@@ -120,8 +127,9 @@ class StreamLoader:
         return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there, with the next iterator."""
+        """Continue there, with the next iterator. Raises what `StreamRows` does, and AssertionError."""
         self._loader.load_state_dict(state)
+        self._begun = iter(self._loader)
 
 
 def build_stream_loader(
