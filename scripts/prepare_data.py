@@ -102,10 +102,11 @@ def _settings(arguments: argparse.Namespace) -> "Prepare":
 
 def _print_report(prefix: str) -> None:
     from titanling.checkpoint.text import columns
-    from titanling.data.prepare.report import read_report, rows
+    from titanling.data.prepare.report import memory_lines, read_report, rows
 
+    report = read_report(prefix)
     print()
-    print("\n".join(columns(rows(read_report(prefix)), right=(2, 3, 4))))
+    print("\n".join([*columns(rows(report), right=(2, 3, 4)), *memory_lines(report)]))
     print(f"({prefix}.report.json)")
 
 
