@@ -10,7 +10,7 @@ from titanling.errors import UserError
 if TYPE_CHECKING:
     from titanling.config.schema import Prepare
 
-EXAMPLE = """examples:
+EXAMPLE = """example:
   python scripts/prepare_data.py --text 'books/**/*.txt' notes/ --output data/mine --vocab-size 16384
   python scripts/prepare_data.py --text fi='web/fi-*.jsonl.zst' en=web/en.parquet --tokenizer data/mine/tokenizer \\
       --config filters.toml --output data/web
