@@ -10,7 +10,7 @@ from titanling.errors import UserError
 if TYPE_CHECKING:
     from titanling.config.schema import Prepare
 
-EXAMPLE = """examples:
+EXAMPLE = """example:
   python scripts/prepare_data.py --text 'books/**/*.txt' notes/ --output data/mine --vocab-size 16384
   python scripts/prepare_data.py --text fi='web/fi-*.jsonl.zst' en=web/en.parquet --tokenizer data/mine/tokenizer \\
       --config filters.toml --output data/web
@@ -102,10 +102,11 @@ def _settings(arguments: argparse.Namespace) -> "Prepare":
 
 def _print_report(prefix: str) -> None:
     from titanling.checkpoint.text import columns
-    from titanling.data.prepare.report import read_report, rows
+    from titanling.data.prepare.report import memory_lines, read_report, rows
 
+    report = read_report(prefix)
     print()
-    print("\n".join(columns(rows(read_report(prefix)), right=(2, 3, 4))))
+    print("\n".join([*columns(rows(report), right=(2, 3, 4)), *memory_lines(report)]))
     print(f"({prefix}.report.json)")
 
 

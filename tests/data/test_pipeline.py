@@ -15,9 +15,11 @@ from data_helpers import json_lines, run_python, start_python, texts_of
 from titanling.config import load_config
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, IndexedWriter, verify_hashes
-from titanling.data.prepare import pieces
+from titanling.data.prepare import pieces, progress
 from titanling.data.prepare.encode import Encoder
+from titanling.data.prepare.progress import progress_line
 from titanling.data.prepare.readers import Reading
+from titanling.data.prepare.report import memory_lines, rows
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.seen import SeenHashes
 from titanling.data.prepare.text import find_files
@@ -207,6 +209,23 @@ def test_filters_that_need_order(mixed_corpus: Path, tmp_path: Path) -> None:
     assert [counts["documents_in"] for counts in counted["filters"]] == [counted["read"]["documents"], *left[:-1]]
     assert counted["splits"]["training"]["documents"] == left[-1]
     assert report["seen"]["1"] == {"hashes": len(seen_documents), "bytes": 8 * len(seen_documents)}
+    assert memory_lines(report)[0].startswith(f"deduplicate_documents: {left[1]} hashes of {left[0]} documents")
+    table = rows(report)
+    assert [row[1] for row in table[1:]] == ["read", *report["filters"], "training"]
+    assert table[-1][2] == f"{left[-1]:,}" and table[1][0] == str(mixed_corpus)
+
+
+def test_progress_in_a_log(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert progress_line(3_000_000, 12_000_000, 2_000.0).endswith("3 of 12 MB (25%), 0.0 MB/s, 1:15:00 left")
+    with progress.show_progress(100) as advance:
+        advance(50)
+    assert capsys.readouterr() == ("", "")  # a short one says nothing
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    with progress.show_progress(100) as advance:
+        advance(25)
+        advance(75)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "(25%)" in first and "(100%)" in last and last.endswith("0:00:00 left")
 
 
 @pytest.mark.slow  # six runs of some seconds each

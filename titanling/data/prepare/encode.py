@@ -41,12 +41,13 @@ class Encoder:
     too (`UserError` if they differ: what was encoded before might be wrong). So the ids are those of tokenizers.
 
     Attributes: `note`, a line that says why it is not gigatoken though that is installed, None otherwise;
-    `backend`, the one in use, once a batch was encoded.
+    `backend`, the one in use, once a batch was encoded; `vocab_size`, above every id.
     """
 
     def __init__(self, files: TokenizerFiles, backend: str = "auto") -> None:
         self.note: str | None = None
         self.backend = backend
+        self.vocab_size = files.vocab_size
         self._eod_id = files.eod_id
         self._reference = _tokenizers(files.tokenizer)
         self._chosen: Backend | None = self._reference if backend == "tokenizers" else None

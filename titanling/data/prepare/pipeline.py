@@ -61,12 +61,12 @@ def fingerprint(settings: Prepare, pieces: Sequence[Piece], files: TokenizerFile
 
 
 def make_all(
-    job: Job, pieces: Sequence[Piece], key: str, folder: str, advance: Callable[[int], None] = lambda size: None
+    job: Job, pieces: Sequence[Piece], files: TokenizerFiles, key: str, folder: str, advance: Callable[[int], None]
 ) -> Made:
     """Make the parts that `folder` lacks. `key` is the fingerprint of what the pieces have in common.
 
-    `advance` is told the bytes of each piece that is done in a stage. Raises `UserError`, OSError; finished parts
-    stay then.
+    `files` are the job's tokenizer. `advance` is told the bytes of each piece that is done in a stage.
+    Raises `UserError`, OSError; finished parts stay then.
     """
     keys = [_hash(f"{key} {piece.identity}") for piece in pieces]
     made = Made(pieces, [], {})
@@ -79,7 +79,7 @@ def make_all(
         ]
         missing = [task for task in tasks if not os.path.isdir(task.folder)]
         advance(sum(task.piece.bytes for task in tasks) - sum(task.piece.bytes for task in missing))
-        for task in make_parts(job, missing):
+        for task in make_parts(job, missing, files):
             advance(task.piece.bytes)
         made.parts.append(parts)
         if stage.hashed:

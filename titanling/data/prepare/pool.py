@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from titanling.data.prepare.tokenizer import TokenizerFiles
 from titanling.data.prepare.worker import Job, Task, Worker
 from titanling.errors import UserError
 
@@ -22,17 +23,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_parts(job: Job, tasks: Sequence[Task]) -> Iterator[Task]:
+def make_parts(job: Job, tasks: Sequence[Task], files: TokenizerFiles) -> Iterator[Task]:
     """Make the parts of all tasks, by at most `job.workers` processes; yield each task that is done, in any order.
 
-    With one worker, or one task, the work is done in this process. Otherwise its main module must be importable
-    without running (`if __name__ == "__main__"`). Raises what a worker raised, `UserError` if one died.
+    With one worker, or one task, the work is done in this process, by the tokenizer of `files`. Otherwise its main
+    module must be importable without running (`if __name__ == "__main__"`).
+    Raises what a worker raised, `UserError` if one died.
     """
     workers = min(job.workers, len(tasks))
     if workers > 1:
         yield from _make_in_processes(job, tasks, workers)
         return
-    worker = Worker(job)
+    worker = Worker(job, files)
     for task in tasks:
         worker.make(task)
         yield task

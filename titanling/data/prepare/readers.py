@@ -22,6 +22,8 @@ LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 PACKED = (".gz", ".zst")
 ROWS = 256
+# Each read gives the interpreter's lock to the thread that encodes: better seldom.
+BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -243,14 +245,14 @@ def _open(path: str) -> Iterator[IO[bytes]]:
     try:
         if suffix == ".gz":
             with gzip.open(path, "rb") as file:
-                yield file
+                yield io.BufferedReader(file, BUFFER)
         elif suffix == ".zst":
             arrow = _arrow(path)
             # Unlike the readers of the usual zstd packages, Arrow's notices a file that is cut off.
             with arrow.CompressedInputStream(arrow.OSFile(path), "zstd") as stream:
-                yield io.BufferedReader(stream, 1 << 20)
+                yield io.BufferedReader(stream, BUFFER)
         else:
-            with open(path, "rb") as file:
+            with open(path, "rb", BUFFER) as file:
                 yield file
     except (EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:

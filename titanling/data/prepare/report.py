@@ -75,6 +75,18 @@ def rows(report: Report) -> list[tuple[str, ...]]:
     return table
 
 
+def memory_lines(report: Report) -> list[str]:
+    """What each filter that knows all documents before has held in memory."""
+    lines = []
+    for place, seen in report["seen"].items():
+        documents = sum(source["filters"][int(place)]["documents_in"] for source in report["sources"].values())
+        lines.append(
+            f"{report['filters'][int(place)]}: {seen['hashes']:,} hashes of {documents:,} documents remembered,"
+            f" {seen['bytes'] / max(1, documents):.1f} MB per million documents"
+        )
+    return lines
+
+
 def _cells(documents: int, size: int) -> tuple[str, str]:
     return f"{documents:,}", f"{size / 1e6:,.1f}"
 

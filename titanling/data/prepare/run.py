@@ -138,7 +138,7 @@ def _make(
     folder = f"{name}.parts"
     Path(folder).mkdir(exist_ok=True)
     with show_progress(len(job.stages) * sum(piece.bytes for piece in pieces)) as advance:
-        made = pipeline.make_all(job, pieces, key, folder, advance)
+        made = pipeline.make_all(job, pieces, tokenizer, key, folder, advance)
     found = report.report_of(made, [filter.kind for filter in settings.filters])
     try:
         if not report.read_total(found, "documents") and shard is None:

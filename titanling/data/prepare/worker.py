@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from titanling.data.prepare.counts import Counts
 from titanling.data.prepare.parts import SPLITS, ArrayWriter, new_part, read_array, write_counts
 from titanling.data.prepare.pieces import Piece
 from titanling.data.prepare.readers import Reading, read_documents
+
+if TYPE_CHECKING:
+    from titanling.data.prepare.encode import Encoder
+    from titanling.data.prepare.tokenizer import TokenizerFiles
 
 
 class Stage(NamedTuple):
@@ -77,9 +81,10 @@ def cut_into_stages(filters: Sequence[Any]) -> tuple[Stage, ...]:
 class Worker:
     """Makes parts, one at a time. Holds the tokenizer once it is needed."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, files: "TokenizerFiles | None" = None) -> None:
         self._job = job
-        self._tokenizer: tuple[Any, Any] | None = None
+        self._files = files
+        self._encode: Encoder | None = None
 
     def make(self, task: Task) -> None:
         """Make the part of a task. Raises `UserError`, OSError."""
@@ -89,17 +94,18 @@ class Worker:
             if stage.hashed:
                 making.spill()
             else:
-                making.tokenise(*self._open_tokenizer())
+                making.tokenise(self._encoder())
             write_counts(folder, making.counts())
 
-    def _open_tokenizer(self) -> tuple[Any, Any]:
-        if self._tokenizer is None:
-            from titanling.data.prepare.encode import Encoder
-            from titanling.data.prepare.tokenizer import load_tokenizer
+    def _encoder(self) -> "Encoder":
+        # Imported here: not before the number of its threads is set.
+        from titanling.data.prepare.encode import Encoder
+        from titanling.data.prepare.tokenizer import load_tokenizer
 
-            files = load_tokenizer(self._job.tokenizer)
-            self._tokenizer = files, Encoder(files, self._job.backend)
-        return self._tokenizer
+        if self._encode is None:
+            self._files = self._files or load_tokenizer(self._job.tokenizer)
+            self._encode = Encoder(self._files, self._job.backend)
+        return self._encode
 
 
 class _Making:
@@ -132,11 +138,11 @@ class _Making:
         texts.close()
         hashes.close()
 
-    def tokenise(self, files: Any, encode: Any) -> None:
+    def tokenise(self, encode: "Encoder") -> None:
         """Write the tokens of each split."""
         from titanling.data.prepare.tokenise import choose, encode_ahead, is_validation
 
-        fraction, dtype = self._job.fraction, DTYPES[dtype_code(files.vocab_size)]
+        fraction, dtype = self._job.fraction, DTYPES[dtype_code(encode.vocab_size)]
         writers = {split: ArrayWriter(self._folder, split, "i") for split in SPLITS}
         self._splits = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
         keep = self._token_filter()
