@@ -43,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-field", default="text", help="JSON lines, Parquet: where the text is (default: text)")
     parser.add_argument("--max-document-bytes", type=int, default=100_000_000, help="refuse longer ones (default: 1e8)")
     parser.add_argument("--skip-bad", action="store_true", help="count what cannot be used instead of refusing it")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core, if there is work for all)")
+    parser.add_argument("--language", help="language of the text, for filters (default: of NAME=PATH, the NAME)")
     return parser.parse_args()
 
 
@@ -64,6 +66,8 @@ def main() -> None:
             text_field=arguments.text_field,
             max_document_bytes=arguments.max_document_bytes,
             skip_bad=arguments.skip_bad,
+            workers=arguments.workers,
+            language=arguments.language,
         )
     except ValidationError as error:
         first = error.errors()[0]

@@ -9,8 +9,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from titanling.data.prepare.encode import Encoder
-from titanling.data.prepare.tokenise import BATCH_CHARACTERS, tokenise
+from titanling.config.schema import Prepare
+from titanling.data.prepare import pipeline  # noqa: F401 (imported in time)
+from titanling.data.prepare.run import prepare
+from titanling.data.prepare.tokenise import BATCH_CHARACTERS
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 
 WAYS = ("gigatoken", "tokenizers", "gigatoken alone", "gigatoken's reader", "tokenizers alone")
@@ -29,9 +31,9 @@ def main() -> None:
         for name in ("gigatoken", "awkward"):  # nobody's imports count
             import_module(name)
     if arguments.way in ("gigatoken", "tokenizers"):
+        settings = Prepare(text=(arguments.jsonl,), backend=arguments.way)
         start = time.perf_counter()
-        documents = (("train", text) for text in texts(arguments.jsonl))
-        tokenise(documents, {"train": arguments.prefix}, files, "benchmark", Encoder(files, arguments.way))
+        prepare(settings, arguments.prefix, None, arguments.tokenizer)
     else:
         encode = alone(arguments.way, files)
         start = time.perf_counter()
@@ -76,5 +78,5 @@ def batches(jsonl: str) -> Iterator[list[str]]:
         yield batch
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # also for the workers of titanling
     main()

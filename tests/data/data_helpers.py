@@ -1,5 +1,6 @@
 """Token files and processes for the tests of this folder."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -34,6 +35,14 @@ def texts_of(*sources: object) -> list[str]:
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
     """Run this interpreter on the checkout."""
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
     )
+
+
+def start_python(*arguments: str) -> subprocess.Popen:
+    """Start this interpreter on the checkout."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -57,6 +57,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 ALL_FILES = sorted(
     [f"{split}.{suffix}" for split in ("train", "validation") for suffix in ("bin", "idx", "json")]
+    + ["train.report.json"]
     + [f"tokenizer/{name}.json" for name in ("tokenizer", "tokenizer_config", "special_tokens_map")]
 )
 

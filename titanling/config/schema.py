@@ -681,6 +681,11 @@ class Prepare(Table):
     backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     """What encodes the text. "auto": gigatoken, many times faster, if it is installed (extra: `gigatoken`) and gives
     the ids of tokenizers on a sample of the text; else tokenizers. The files are the same."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that prepare. Unset: one for each core, and no more than the text has pieces of 64 MB. The files are
+    the same."""
+    language: Text | None = None
+    """Language of the text, for filters. Unset: of NAME=PATH, the NAME."""
     filters: Annotated[tuple[Filter, ...], BeforeValidator(_as_tuple)] = ()
     """[[data.prepare.filters]], applied to each document in the order given"""
 

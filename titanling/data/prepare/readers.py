@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
+from titanling.config.schema import Prepare
 from titanling.data.prepare.text import TextFile
 from titanling.errors import UserError
 
@@ -33,6 +34,11 @@ class Reading:
     """A document above this, in UTF-8, is a bad one."""
     skip_bad: bool = False
     """Count bad documents and leave them out, instead of refusing them."""
+
+
+def reading_of(settings: Prepare) -> Reading:
+    """How a config has documents read."""
+    return Reading(settings.text_field, settings.max_document_bytes, settings.skip_bad)
 
 
 class Span(NamedTuple):

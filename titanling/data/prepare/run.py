@@ -7,70 +7,161 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import Sidecar, file_sha256, read_sidecar
-from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.readers import Reading, Span, read_documents, reading_of
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
+
+if TYPE_CHECKING:
+    from titanling.data.prepare.pieces import Piece
 
 # Byte-pair merges hardly change beyond this much text, and training time grows with it.
 TOKENIZER_BYTES = 32_000_000
 
 
-def prepare(settings: Prepare, train: str, validation: str | None, tokenizer_dir: str) -> list[str]:
+class Shard(NamedTuple):
+    """A part of a preparation that is done by several machines."""
+
+    number: int
+    """From 1."""
+    count: int
+
+    def name(self, prefix: str) -> str:
+        """What its files are called."""
+        return f"{prefix}-shard-{self.number:05}-of-{self.count:05}"
+
+
+def prepare(
+    settings: Prepare, train: str, validation: str | None, tokenizer_dir: str, shard: Shard | None = None
+) -> list[str]:
     """Make the tokenizer and token files that do not exist yet; return lines that say what exists and what was made.
 
     `train` and `validation` are prefixes; without `validation` every document is training text. What exists is used
     as it is and never overwritten. Safe to kill at any moment and to call from several processes: the next call
     finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
-    Raises `UserError`: no text, text that is not UTF-8, files of another tokenizer, disk full.
+    A `shard` makes its share alone, in files of its own (`merge_shards` joins them), with a tokenizer that exists.
+    Unless the input is small or `settings.workers` is 1, processes are started, which import the main module.
+    Raises `UserError`: no text, text that is bad, files of another tokenizer, disk full.
     """
     if not settings.text:
         return []
-    prefixes = {"training": train} if validation is None else {"training": train, "validation": validation}
     if train == validation:
         raise UserError(f"data.train and data.validation are both {train}; give them different prefixes")
+    prefixes = {"training": train} if validation is None else {"training": train, "validation": validation}
     folder = os.path.dirname(train) or "."
+    if shard is not None:
+        prefixes = {split: shard.name(prefix) for split, prefix in prefixes.items()}
+        folder = f"{prefixes['training']}.parts"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            return _prepare(settings, prefixes, tokenizer_dir)
+            return _prepare(settings, prefixes, tokenizer_dir, shard)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror}; mend its permissions or free disk space, then run again"
         ) from error
 
 
-def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str) -> list[str]:
-    done = {split: read_sidecar(prefix) for split, prefix in prefixes.items() if os.path.exists(f"{prefix}.json")}
-    has_tokenizer = _check_tokenizer(tokenizer_dir, {prefixes[split]: sidecar for split, sidecar in done.items()})
+def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, shard: Shard | None) -> list[str]:
+    from titanling.data.prepare.parts import remove_parts
+
+    parts = f"{prefixes['training']}.parts"
+    done = {split: _finished(prefix, shard) for split, prefix in prefixes.items()}
+    sidecars = {prefixes[split]: sidecar for split, sidecar in done.items() if isinstance(sidecar, Sidecar)}
+    has_tokenizer = _check_tokenizer(tokenizer_dir, sidecars)
     lines = [
-        f"{prefixes[split]}: exists, {sidecar.tokens:,} tokens made from {sidecar.source}, used as it is"
-        for split, sidecar in done.items()
+        f"{prefix}: exists, {sidecar.tokens:,} tokens made from {sidecar.source}, used as it is"
+        for prefix, sidecar in sidecars.items()
     ]
-    if len(done) == len(prefixes) and has_tokenizer:
+    missing = {split: prefix for split, prefix in prefixes.items() if done[split] is None}
+    if not missing and has_tokenizer:
+        remove_parts(parts)
         return lines
-    # The tokenizers library is imported only when there is work: a warm start does not pay for it.
-    from titanling.data.prepare.encode import Encoder
-    from titanling.data.prepare.tokenise import tokenise
+    fraction = settings.validation_fraction if "validation" in prefixes else 0.0
+    files = find_files(settings.text)
+    if not has_tokenizer:
+        if shard is not None:
+            raise UserError(f"{tokenizer_dir}: has no tokenizer.json, and no shard can train it; train it first")
+        lines.append(_train(_sample(files, reading_of(settings), fraction), settings.vocab_size, tokenizer_dir))
+    try:
+        return lines + _make(settings, files, missing, prefixes["training"], tokenizer_dir, fraction, shard)
+    finally:
+        remove_parts(parts, only_if_empty=True)
+
+
+def _make(
+    settings: Prepare,
+    files: list[TextFile],
+    prefixes: dict[str, str],
+    name: str,
+    tokenizer_dir: str,
+    fraction: float,
+    shard: Shard | None,
+) -> list[str]:
+    """Make token files from parts in `name`.parts, which is removed when they are there, and `name`.report.json."""
+    # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
+    from titanling.data.prepare import pipeline, report
+    from titanling.data.prepare.join import join_parts
+    from titanling.data.prepare.parts import read_counts, remove_parts
+    from titanling.data.prepare.pieces import cut_into_pieces
+    from titanling.data.prepare.progress import show_progress
     from titanling.data.prepare.tokenizer import load_tokenizer
 
-    files, reading = find_files(settings.text), _reading(settings)
-    fraction = settings.validation_fraction if "validation" in prefixes else 0.0
-    if not has_tokenizer:
-        lines.append(_train(_sample(files, reading, fraction), settings.vocab_size, tokenizer_dir))
-    start, read = time.monotonic(), Counter[str]()
-    missing = {split: prefix for split, prefix in prefixes.items() if split not in done}
-    documents = _documents(files, reading, fraction, read)
+    start = time.monotonic()
+    pieces = cut_into_pieces(files, reading_of(settings))
+    if shard is not None:
+        pieces = _share(pieces, shard)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encode = Encoder(tokenizer, settings.backend)
-    made = tokenise(documents, missing, tokenizer, " ".join(settings.text), encode)
-    lines += [encode.note] if encode.note else []
-    lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in made.items()]
-    skipped = "".join(f", {read[why]:,} skipped ({why})" for why in ("empty", "bad") if read[why])
-    lines.append(f"tokenised in {time.monotonic() - start:.1f} s: {read['documents']:,} documents{skipped}")
-    return lines
+    key = pipeline.fingerprint(settings, pieces, tokenizer, fraction)
+    job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction)
+    folder = f"{name}.parts"
+    Path(folder).mkdir(exist_ok=True)
+    with show_progress(len(job.stages) * sum(piece.bytes for piece in pieces)) as advance:
+        made = pipeline.make_all(job, pieces, key, folder, advance)
+    found = report.report_of(made, [filter.kind for filter in settings.filters])
+    try:
+        if not report.read_total(found, "documents") and shard is None:
+            raise _no_text(files)
+        written = join_parts(
+            made.parts[-1],
+            prefixes,
+            tokenizer,
+            " ".join(settings.text),
+            lambda: report.write_report(name, found),
+            may_be_empty=shard is not None,
+        )
+    except UserError:
+        remove_parts(folder)  # they are of no use
+        raise
+    notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
+    remove_parts(folder)
+    lines = [*sorted(notes)]
+    lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in written.items()]
+    skipped = "".join(
+        f", {number:,} skipped ({why})" for why in ("empty", "bad") if (number := report.read_total(found, why))
+    )
+    documents = report.read_total(found, "documents")
+    return [*lines, f"tokenised in {time.monotonic() - start:.1f} s: {documents:,} documents{skipped}"]
+
+
+def _share(pieces: "list[Piece]", shard: Shard) -> "list[Piece]":
+    if shard.count > len(pieces):
+        raise UserError(
+            f"--shard {shard.number}/{shard.count}: the text is only {len(pieces)} pieces (of some 64 MB, or a packed"
+            f" file each); make at most {len(pieces)} shards"
+        )
+    first, last = ((shard.number - less) * len(pieces) // shard.count for less in (1, 0))
+    return pieces[first:last]
+
+
+def _finished(prefix: str, shard: Shard | None) -> Sidecar | Literal["empty"] | None:
+    """The sidecar of files that exist; "empty" for those of a shard that no document fell into."""
+    if os.path.exists(f"{prefix}.json"):
+        return read_sidecar(prefix)
+    return "empty" if shard is not None and os.path.exists(f"{prefix}.empty") else None
 
 
 def _check_tokenizer(tokenizer_dir: str, done: dict[str, Sidecar]) -> bool:
@@ -99,10 +190,6 @@ def _train(texts: Iterator[str], vocab_size: int, tokenizer_dir: str) -> str:
     return f"{tokenizer_dir}: byte-level BPE, vocabulary {made:,}, trained in {time.monotonic() - start:.1f} s"
 
 
-def _reading(settings: Prepare) -> Reading:
-    return Reading(settings.text_field, settings.max_document_bytes, settings.skip_bad)
-
-
 def _documents(
     files: list[TextFile], reading: Reading, fraction: float, read: Counter[str]
 ) -> Iterator[tuple[str, str]]:
@@ -113,7 +200,7 @@ def _documents(
         for text in read_documents(Span(file), reading, read):
             yield "validation" if is_validation(text, fraction) else "training", text
     if not read["documents"]:
-        raise UserError(f"{files[0].path}: holds no text, nor does any other of data.prepare.text; give other files")
+        raise _no_text(files)
 
 
 def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterator[str]:
@@ -129,7 +216,13 @@ def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterato
             seen += len(text)
 
 
-def _describe(sidecar: Sidecar) -> str:
+def _no_text(files: list[TextFile]) -> UserError:
+    return UserError(f"{files[0].path}: holds no text, nor does any other of data.prepare.text; give other files")
+
+
+def _describe(sidecar: Sidecar | None) -> str:
+    if sidecar is None:
+        return "no document falls into it"
     return (
         f"{sidecar.documents:,} documents, {sidecar.utf8_bytes / 1e6:.1f} MB, {sidecar.tokens:,} tokens,"
         f" {sidecar.utf8_bytes / sidecar.tokens:.2f} bytes/token,"

@@ -1,0 +1,94 @@
+"""Parts: what a worker makes of a piece. A folder each, which appears whole or not at all.
+
+Of a finished piece: `training.bin` and `validation.bin` (tokens as in the .bin of the output), `.lengths` (int32, of
+each document). Of one that waits for a decision: `text.bin` (the documents in UTF-8), `text.lengths` (int64, bytes),
+`hashes.bin` (uint64), `hashes.lengths` (int64, hashes of each document). In both, `part.json` with what was counted.
+"""
+
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("training", "validation")
+
+
+class ArrayWriter:
+    """Writes arrays, one behind the other, to `folder`/`name`.bin, and the length of each to `name`.lengths."""
+
+    def __init__(self, folder: str, name: str, lengths: str = "q") -> None:
+        self._lengths_path = os.path.join(folder, f"{name}.lengths")
+        self._file = open(os.path.join(folder, f"{name}.bin"), "wb")
+        self._lengths = array(lengths)
+
+    def add(self, raw: bytes, lengths: np.ndarray) -> None:
+        """Append `raw`, which holds entries of these lengths (entries,)."""
+        self._file.write(raw)
+        self._lengths.frombytes(lengths.astype(self._lengths.typecode).tobytes())
+
+    def close(self) -> None:
+        """Write what is left, durably."""
+        sync_and_close(self._file)
+        with open(self._lengths_path, "wb") as file:
+            file.write(self._lengths.tobytes())
+            os.fsync(file.fileno())
+
+
+def sync_and_close(file: Any) -> None:
+    """Make a written file durable."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+@contextmanager
+def new_part(folder: str) -> Iterator[str]:
+    """A folder to write a part in, which becomes `folder` at the end, or is removed if the body fails.
+
+    A worker of a killed run may be at the same part: whoever is second leaves the first one's, which is the same.
+    """
+    partial = f"{folder}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.mkdir(partial)
+    try:
+        yield partial
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not os.path.isdir(folder):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_counts(folder: str, counts: dict[str, Any]) -> None:
+    """Write a part's `part.json`."""
+    with open(os.path.join(folder, "part.json"), "w", encoding="utf-8") as file:
+        json.dump(counts, file, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_counts(folder: str) -> dict[str, Any]:
+    """A part's `part.json`."""
+    return json.loads(Path(folder, "part.json").read_text(encoding="utf-8"))
+
+
+def read_array(folder: str, name: str, dtype: Any) -> np.ndarray:
+    """A file of a part as a flat array, mapped into memory."""
+    path = os.path.join(folder, name)
+    return np.memmap(path, dtype, "r").view(np.ndarray) if os.path.getsize(path) else np.empty(0, dtype)
+
+
+def remove_parts(folder: str, only_if_empty: bool = False) -> None:
+    """Remove the folder of parts; or only what killed workers left, if there are finished parts in it."""
+    for partial in Path(folder).glob("*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    if not only_if_empty or not any(Path(folder).glob("*")):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""The preparation of token files: pieces → parts by worker processes → files. Killed, it goes on where it was.
+
+A part is named by a hash of all that makes it: settings, tokenizer, and the place, size and time of change of the
+files that it is read from. So a part that is there is used, and one that no longer fits is not found.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from titanling.config.schema import Prepare
+from titanling.data.prepare.parts import read_array
+from titanling.data.prepare.pieces import Piece
+from titanling.data.prepare.pool import cores, make_parts
+from titanling.data.prepare.readers import reading_of
+from titanling.data.prepare.seen import SeenHashes
+from titanling.data.prepare.tokenizer import TokenizerFiles
+from titanling.data.prepare.worker import Job, Task, cut_into_stages
+
+# To be raised with every change that makes other parts of the same input.
+PARTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """Parts of all pieces."""
+
+    pieces: Sequence[Piece]
+    parts: list[list[str]]
+    """Of each stage, those of the pieces in order; the last are those to join."""
+    seen: dict[int, SeenHashes]
+    """Place of a filter in the list → what it has seen."""
+
+
+def new_job(settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, fraction: float) -> Job:
+    """The job that settings describe."""
+    return Job(
+        reading=reading_of(settings),
+        stages=cut_into_stages(settings.filters),
+        tokenizer=tokenizer_dir,
+        backend=settings.backend,
+        fraction=fraction,
+        language=settings.language,
+        workers=min(settings.workers or cores(), len(pieces)),
+    )
+
+
+def fingerprint(settings: Prepare, pieces: Sequence[Piece], files: TokenizerFiles, fraction: float) -> str:
+    """Of all that pieces have in common. Raises `UserError` for filters that cannot work."""
+    outside = ""
+    if settings.filters:
+        from titanling.data.prepare.filters import check_filters
+
+        outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
+    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "skip_bad", "language", "filters"})
+    return _hash(f"{PARTS_VERSION} {used} {outside} {files.sha256} {files.eod_id} {fraction}")
+
+
+def make_all(
+    job: Job, pieces: Sequence[Piece], key: str, folder: str, advance: Callable[[int], None] = lambda size: None
+) -> Made:
+    """Make the parts that `folder` lacks. `key` is the fingerprint of what the pieces have in common.
+
+    `advance` is told the bytes of each piece that is done in a stage. Raises `UserError`, OSError; finished parts
+    stay then.
+    """
+    keys = [_hash(f"{key} {piece.identity}") for piece in pieces]
+    made = Made(pieces, [], {})
+    before: list[str] | None = None
+    for number, stage in enumerate(job.stages):
+        parts = [os.path.join(folder, its) for its in keys]
+        tasks = [
+            Task(piece, number, part, before and before[index])
+            for index, (piece, part) in enumerate(zip(pieces, parts, strict=True))
+        ]
+        missing = [task for task in tasks if not os.path.isdir(task.folder)]
+        advance(sum(task.piece.bytes for task in tasks) - sum(task.piece.bytes for task in missing))
+        for task in make_parts(job, missing):
+            advance(task.piece.bytes)
+        made.parts.append(parts)
+        if stage.hashed:
+            seen = made.seen[stage.hashed[0]] = SeenHashes(_rule(stage.hashed[1], job.language))
+            keys = [_hash(f"{its} {_decide(seen, part)}") for its, part in zip(keys, parts, strict=True)]
+            before = parts
+    return made
+
+
+def _decide(seen: SeenHashes, part: str) -> str:
+    """Write which hashes of a part are new; a hash of that."""
+    hashes, counts = read_array(part, "hashes.bin", "<u8"), read_array(part, "hashes.lengths", "<i8")
+    new = seen.add(hashes, counts) if len(hashes) else np.empty(0, bool)
+    partial = os.path.join(part, "new.partial")
+    with open(partial, "wb") as file:
+        file.write(new.tobytes())
+    os.replace(partial, os.path.join(part, "new.bin"))
+    return xxhash.xxh3_128_hexdigest(new.tobytes())
+
+
+def _rule(setting: Any, language: str | None) -> Any:
+    from titanling.data.prepare.filters import open_hashes
+
+    return open_hashes(setting, language).rule
+
+
+def _hash(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())

@@ -1,0 +1,97 @@
+"""The report of a preparation: documents, bytes and tokens of each source, before and behind each filter."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from titanling.data.indexed import sync_folder
+from titanling.data.prepare.counts import Counts
+from titanling.data.prepare.parts import read_counts
+from titanling.data.prepare.pipeline import Made
+
+Report = dict[str, Any]
+
+
+def report_of(made: Made, filters: Sequence[str]) -> Report:
+    """What the parts counted, added up for each source; `filters` are the names of the kinds, in order."""
+    report: Report = {"filters": list(filters), "sources": {}, "seen": {}}
+    for parts in made.parts:
+        for piece, part in zip(made.pieces, parts, strict=True):
+            _add(report["sources"].setdefault(piece.source, _empty(len(filters))), read_counts(part))
+    for place, seen in made.seen.items():
+        report["seen"][str(place)] = {"hashes": len(seen), "bytes": seen.bytes}
+    return report
+
+
+def merge_reports(reports: Iterable[Report]) -> Report:
+    """The sum of the reports of shards."""
+    first, *others = reports
+    for other in others:
+        for name, counts in other["sources"].items():
+            _add(first["sources"].setdefault(name, _empty(len(first["filters"]))), counts)
+        for place, seen in other["seen"].items():
+            first["seen"][place] = dict(Counter(first["seen"].get(place, {})) + Counter(seen))
+    return first
+
+
+def write_report(prefix: str, report: Report) -> None:
+    """Write `prefix`.report.json, atomically and durably."""
+    path = f"{prefix}.report.json"
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.partial", path)
+    sync_folder(path)
+
+
+def read_total(report: Report, key: str) -> int:
+    """What all sources read: "documents", "bytes", "empty" or "bad"."""
+    return sum(source["read"].get(key, 0) for source in report["sources"].values())
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """A table: for each source what was read, what each filter left, and what was written."""
+    table = [("source", "step", "documents", "MB", "tokens")]
+    for name, source in report["sources"].items():
+        read = source["read"]
+        table.append((name, "read", *_cells(read["documents"], read["bytes"]), ""))
+        for kind, counts in zip(report["filters"], source["filters"], strict=True):
+            table.append(("", kind, *_cells(counts["documents_out"], counts["bytes_out"]), ""))
+        for why in ("empty", "bad"):
+            if read[why]:
+                table.append(("", f"{why}, left out", f"{read[why]:,}", "", ""))
+        for split, counts in source["splits"].items():
+            if counts["documents"]:
+                table.append(("", split, *_cells(counts["documents"], counts["bytes"]), f"{counts['tokens']:,}"))
+    return table
+
+
+def _cells(documents: int, size: int) -> tuple[str, str]:
+    return f"{documents:,}", f"{size / 1e6:,.1f}"
+
+
+def _empty(filters: int) -> Report:
+    nothing = {"documents": 0, "bytes": 0, "tokens": 0}
+    return {
+        "read": {"documents": 0, "bytes": 0, "empty": 0, "bad": 0},
+        "filters": [dict(vars(Counts())) for _ in range(filters)],
+        "splits": {"training": dict(nothing), "validation": dict(nothing)},
+    }
+
+
+def _add(total: Report, counts: Mapping[str, Any]) -> None:
+    """Add what a part counted, or a whole source."""
+    _add_numbers(total["read"], counts["read"])
+    filters = counts["filters"]
+    for place, its in filters.items() if isinstance(filters, dict) else enumerate(filters):
+        _add_numbers(total["filters"][int(place)], its)
+    for split, its in counts["splits"].items():
+        _add_numbers(total["splits"][split], its)
+
+
+def _add_numbers(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for name, value in more.items():
+        total[name] += value

@@ -1,0 +1,58 @@
+"""Which hashes have occurred before: the one thing of a preparation that depends on the order of all documents."""
+
+from typing import Literal
+
+import numpy as np
+
+
+class SeenHashes:
+    """A set of 64-bit hashes, grown in order by one process.
+
+    Sorted arrays, each at least twice as long as the next: 8 bytes a hash, and as much again while the longest are
+    merged; looking one up costs a binary search in each.
+    """
+
+    def __init__(self, rule: Literal["each", "any"]) -> None:
+        self._rule = rule
+        self._sorted: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sorted))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the set."""
+        return 8 * len(self)
+
+    def add(self, hashes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Add the hashes (n,) uint64 of documents with `counts` (documents,) of them each; which of them are new.
+
+        "each": a hash is new that has not occurred before. "any": all hashes of a document are new, or none, if one
+        of them occurred in an earlier document. Returns (n,) bool.
+        """
+        values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        known = self._contains(values)
+        self._insert(values[~known])
+        if self._rule == "each":
+            new = np.zeros(len(hashes), bool)
+            new[first[~known]] = True
+            return new
+        document = np.repeat(np.arange(len(counts)), counts)
+        old = known[inverse] | (document[first][inverse] < document)
+        repeated = np.bincount(document, old, len(counts)) > 0
+        return ~np.repeat(repeated, counts)
+
+    def _contains(self, values: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(values), bool)
+        for part in self._sorted:
+            places = np.minimum(np.searchsorted(part, values), len(part) - 1)
+            found |= part[places] == values
+        return found
+
+    def _insert(self, values: np.ndarray) -> None:
+        if not len(values):
+            return
+        while self._sorted and len(self._sorted[-1]) < 2 * len(values):
+            values = np.concatenate([self._sorted.pop(), values])
+            values.sort(kind="stable")  # merges runs
+        self._sorted.append(values)
