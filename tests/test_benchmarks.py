@@ -40,6 +40,7 @@ def smoke(script: str, folder: Path, *arguments: str, **variables: str) -> dict[
         "checkpoint",
         "convert",
         "tokenise",
+        "filters",
         "faults",
         "kernels",
         "tune_kernels",
