@@ -132,7 +132,7 @@ def test_a_resumed_loader_reads_the_same(
 
     straight = tensors(fresh(), 60)  # several epochs of x, and blocks that end within a batch
     assert len({each[0].numpy().tobytes() for each in straight}) > 50
-    for stop in (0, 1, 7, 32):
+    for stop in (1, 7, 32) if workers else (0, 1, 7, 32):
         first = fresh()
         assert all(map(torch.equal, tensors(first, stop), straight))
         text = json.dumps(first.state_dict())
@@ -142,16 +142,13 @@ def test_a_resumed_loader_reads_the_same(
         assert all(map(torch.equal, tensors(again, 15), straight[stop : stop + 15]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("change", [lambda s: s.pop("batches"), lambda s: s.update(places={"x": ["a"]})])
-def test_a_state_that_is_none(
-    tmp_path: Path, tiny_data: TinyData, workers: int, change: Callable[[dict[str, Any]], object]
-) -> None:
-    streamed = streams(tiny_data, source(write_jsonl(tmp_path / "x.jsonl", documents(9))), workers=workers)
+def test_a_state_that_is_none(tmp_path: Path, tiny_data: TinyData, change: Callable[[dict[str, Any]], object]) -> None:
+    streamed = streams(tiny_data, source(write_jsonl(tmp_path / "x.jsonl", documents(9))))
     first = loader(streamed)
     tensors(first, 3)
     state = first.state_dict()
-    change(state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"] if workers else state["dataset_state"])
+    change(state["dataset_state"])
     with pytest.raises((LookupError, TypeError, ValueError)):
         loader(streamed).load_state_dict(state)
 
@@ -228,6 +225,15 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
+def error_of(reading: StreamLoader) -> str:
+    """What reading ends with. Keeps no frame: workers whose loader hangs in a circle take seconds to end."""
+    try:
+        tensors(reading, 50)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(("case", "workers"), [*((case, 0) for case in BAD_FILES), ("no json", 1), ("truncated gz", 1)])
 def test_bad_files(tmp_path: Path, tiny_data: TinyData, case: str, workers: int) -> None:
     name, change, says = BAD_FILES[case]
@@ -236,9 +242,8 @@ def test_bad_files(tmp_path: Path, tiny_data: TinyData, case: str, workers: int)
     kind = "parquet" if name.endswith("parquet") else "jsonl"
     if name.endswith((".zst", ".parquet")):
         pytest.importorskip("pyarrow")
-    with pytest.raises(UserError, match=says) as raised:
-        tensors(loader(streams(tiny_data, source(str(tmp_path / name), kind=kind), workers=workers)), 50)
-    assert len(str(raised.value).splitlines()) == 1
+    said = error_of(loader(streams(tiny_data, source(str(tmp_path / name), kind=kind), workers=workers)))
+    assert re.search(says, said) and len(said.splitlines()) == 1, said
 
 
 def test_compressed_and_other_fields(tmp_path: Path, tiny_data: TinyData) -> None:
