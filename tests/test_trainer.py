@@ -140,7 +140,7 @@ def test_loss_and_gradients_do_not_depend_on_accumulation(tmp_path: Path, tiny_d
 
 def test_first_loss_is_the_mean_over_the_global_batch(tmp_path: Path, tiny_data: TinyData) -> None:
     with open_trainer(tmp_path, tiny_data, WITHOUT_CHECKPOINTS) as trainer:
-        batch = {key: torch.from_numpy(array) for key, array in trainer.source.batch(np.arange(4)).items()}
+        batch = {key: torch.from_numpy(array) for key, array in trainer.text.source.batch(np.arange(4)).items()}
         with torch.no_grad():
             logits = trainer.runner.parts[0](batch["input_ids"])
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
@@ -157,7 +157,7 @@ def test_labels_are_shifted_exactly_once(tmp_path: Path, tiny_data: TinyData) ->
     changes = {"data.train": str(tmp_path / "count"), "model.hf_assets_path": None, "model.vocab_size": 16}
     changes |= {"optimizer.lr": 1e-2, "training.steps": 60, "training.global_batch_size": 8, **WITHOUT_CHECKPOINTS}
     with open_trainer(tmp_path, tiny_data, changes) as trainer:
-        batch = next(iter(trainer.loader))
+        batch = next(iter(trainer.text.loader))
         assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
         assert trainer.train()["training loss"] < 0.05
         with torch.no_grad():

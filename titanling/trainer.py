@@ -19,12 +19,10 @@ from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
 from titanling.data.audit import AuditLog
 from titanling.data.documents import separate_documents
-from titanling.data.loader import build_loader, validation_batches
+from titanling.data.loader import validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
-from titanling.data.sources import check_epochs, describe, identity, open_sources
-from titanling.data.stream_loader import build_stream_loader
-from titanling.data.streaming import open_streams
 from titanling.data.token_files import facts, open_files
+from titanling.data.training_text import open_training_text
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
@@ -94,46 +92,31 @@ class Trainer:
         self.scaler = LossScaler(training.mixed_precision_param == "float16", self.runner.state_device)
 
     def _build_data(self) -> None:
-        data, validation = self.config.data, self.config.data.validation
+        config, data, world = self.config, self.config.data, self.world
+        assets, validation = config.model.hf_assets_path, data.validation
+        self.text = open_training_text(
+            data,
+            config.training,
+            config.debug.seed,
+            self.sequences,
+            assets,
+            lambda line: self.metrics.info(line),
+            world.dp_rank,
+            world.degrees.dp,
+        )
+        self.batches = iter(self.text.loader)
+        same = (world.index(dimension) for dimension in ("pp", "cp", "tp"))  # ranks that share their sequences
         self.audit: AuditLog | None = None
-        if data.streams:
-            eod_id = self._build_streams()
-        else:
-            eod_id = self._build_token_files()
-        self.batches = iter(self.loader)
+        if data.audit_log and self.text.source is not None and not any(same):
+            self.audit = AuditLog(self.run_folder, self.text.source, world.dp_rank, world.degrees.dp)
         masked = data.document_mask != "none"
-        self.eod_id = eod_id if masked else None  # None: documents are not told apart
-        if self.config.validation.enable and validation is not None:
+        self.eod_id = self.text.eod_id if masked else None  # None: documents are not told apart
+        if config.validation.enable and validation is not None:
             self.validation_set = open_files(validation, data)
             held_out = facts(validation, data)
             self.validation_eod_id = held_out.eod_id if masked else None
             self.bytes_per_token = held_out.utf8_bytes / held_out.tokens if held_out.utf8_bytes is not None else None
-        assets = self.config.model.hf_assets_path
-        self.tokenizer = load_tokenizer(assets) if self.config.sampling.freq and assets else None
-
-    def _build_token_files(self) -> int:
-        """The end-of-document id."""
-        data, training, batch = self.config.data, self.config.training, self.config.training.local_batch_size
-        source = open_sources(data, training.seq_len, self.config.debug.seed, self.sequences)
-        self.loader = build_loader(source, batch, dp_rank=self.world.dp_rank, dp_world=self.world.degrees.dp)
-        self.data_identity = identity(source)
-        self.data_lines = describe(source, training.steps, self.sequences)
-        self.data_lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, self.sequences)]
-        same = (self.world.index(dimension) for dimension in ("pp", "cp", "tp"))  # ranks that share their sequences
-        if data.audit_log and not any(same):
-            self.audit = AuditLog(self.run_folder, source, self.world.dp_rank, self.world.degrees.dp)
-        return facts(source.sources[0].datasets[0].prefix, data).eod_id
-
-    def _build_streams(self) -> int:
-        """The end-of-document id."""
-        data, training, batch = self.config.data, self.config.training, self.config.training.local_batch_size
-        assets, dp = self.config.model.hf_assets_path, self.world.degrees.dp
-        assert assets is not None  # check_runnable saw to it
-        source = open_streams(data, assets, training.seq_len, self.config.debug.seed, self.sequences)
-        self.loader = build_stream_loader(source, batch, lambda line: self.metrics.info(line), self.world.dp_rank, dp)
-        self.data_identity = source.identity(dp, batch)
-        self.data_lines = source.describe(self.sequences)
-        return source.tokenizer.eod_id
+        self.tokenizer = load_tokenizer(assets) if config.sampling.freq and assets else None
 
     def _build_metrics(self) -> None:
         shape, training, device = self.shape, self.config.training, self.world.device
@@ -162,7 +145,7 @@ class Trainer:
             f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
             f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
         )
-        for line in self.data_lines:
+        for line in self.text.lines:
             say(line)
         say(f"device: {world.device.type}")
         for plan in active(self.plans, world):
@@ -174,10 +157,10 @@ class Trainer:
         restored = self.checkpointer.restore(
             *tensors,
             self.config.training.steps,
-            lambda path, state: check_resumable(path, state, asdict(self.shape), self.data_identity, config),
+            lambda path, state: check_resumable(path, state, asdict(self.shape), self.text.identity, config),
         )
         restored = restored or load_initial(
-            self.config.checkpoint, self.shape, self.data_identity, config, *tensors, self.world
+            self.config.checkpoint, self.shape, self.text.identity, config, *tensors, self.world
         )
         if restored is None or not restored.goes_on:
             self.metrics.resume_at(0)
@@ -188,9 +171,8 @@ class Trainer:
             self.best, self.interrupted = state["best"], state["interrupted"]
             try:
                 self.scaler.load(state["scaler"])
-                of_all = state["loader"]
-                self.loader.load_state_dict(of_all["ranks"][self.world.dp_rank] if self.config.data.streams else of_all)
-                self.batches = iter(self.loader)
+                self.text.go_on(state["loader"], self.world.dp_rank)
+                self.batches = iter(self.text.loader)
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 # What does not come of a run of ours; no damage, which its hash would have shown.
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
@@ -277,7 +259,7 @@ class Trainer:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
-        sample = 0 if self.audit is None else self.loader.dataset.samples
+        sample = 0 if self.audit is None else self.text.loader.dataset.samples
         read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
         if self.audit is not None:
             self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])
@@ -341,6 +323,7 @@ class Trainer:
 
     def save(self, last: bool = False) -> None:
         """Save a checkpoint of this step; `last`: of the whole run."""
+        world = self.world
         state: dict[str, Any] = {
             "format": 1,
             "step": self.step,
@@ -349,19 +332,12 @@ class Trainer:
             "best": self.best,
             "interrupted": self.stopped,
             "scaler": self.scaler.state(),
-            "loader": self._loader_state(),
-            "data": self.data_identity,
+            "loader": self.text.state(world.gather, world.dp_rank),
+            "data": self.text.identity,
             "model": asdict(self.shape),
             "config": self.config.model_dump(mode="json"),
         }
         self.checkpointer.save(self.step, *self._tensors(), state, last, ending=self.stopped)
-
-    def _loader_state(self) -> dict[str, Any]:
-        """Of token files, all ranks' is the same; of streams, each data-parallel rank's is its own."""
-        state = self.loader.state_dict()
-        if not self.config.data.streams:
-            return state
-        return {"ranks": [state for _, state in sorted(dict(self.world.gather((self.world.dp_rank, state))).items())]}
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What a checkpoint holds of the model and of the optimizer, by name: the live tensors, not copies."""

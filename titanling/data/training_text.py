@@ -1,0 +1,65 @@
+"""What a run trains on, opened on one of its ranks: token files, or text that is streamed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from titanling.config.schema import Data, Training
+from titanling.data.loader import build_loader
+from titanling.data.sources import MixedSource, check_epochs, describe, identity, open_sources
+from titanling.data.stream_loader import build_stream_loader
+from titanling.data.streaming import open_streams
+from titanling.data.token_files import facts
+
+
+class TrainingText(NamedTuple):
+    """The text of one data-parallel rank."""
+
+    loader: Any
+    """Iterates over this rank's micro-batches, without end; has `state_dict` and `load_state_dict`."""
+    source: MixedSource | None
+    """The order of the run's samples; None if they are streamed."""
+    identity: dict[str, Any]
+    """What that order depends on, for a checkpoint to be compared with."""
+    eod_id: int
+    """Of the token that ends a document."""
+    lines: list[str]
+    """What the run says of it when it starts."""
+
+    def state(self, gather: Callable[[Any], list[Any]], dp_rank: int) -> dict[str, Any]:
+        """Where the run stands: of token files the same on every rank, of streams each data-parallel rank's own."""
+        own = self.loader.state_dict()
+        if self.source is not None:
+            return own
+        return {"ranks": [state for _, state in sorted(dict(gather((dp_rank, own))).items())]}
+
+    def go_on(self, state: dict[str, Any], dp_rank: int) -> None:
+        """Continue there, with the next iterator. Raises what a state that is none leads to."""
+        self.loader.load_state_dict(state if self.source is not None else state["ranks"][dp_rank])
+
+
+def open_training_text(
+    data: Data,
+    training: Training,
+    seed: int,
+    sequences: int,
+    assets: str | None,
+    say: Callable[[str], None],
+    dp_rank: int,
+    dp_world: int,
+) -> TrainingText:
+    """Open it; `sequences` is how many a step takes, of all ranks together, `assets` the folder of the tokenizer.
+
+    Streams `say` when a source begins again. Raises UserError for what is wrong with the files.
+    """
+    seq_len, batch = training.seq_len, training.local_batch_size
+    if data.streams:
+        assert assets is not None  # check_runnable saw to it
+        streams = open_streams(data, assets, seq_len, seed, sequences)
+        loader = build_stream_loader(streams, batch, say, dp_rank, dp_world)
+        lines = streams.describe(sequences)
+        return TrainingText(loader, None, streams.identity(dp_world, batch), streams.tokenizer.eod_id, lines)
+    source = open_sources(data, seq_len, seed, sequences)
+    lines = describe(source, training.steps, sequences)
+    lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, sequences)]
+    eod_id = facts(source.sources[0].datasets[0].prefix, data).eod_id
+    return TrainingText(build_loader(source, batch, dp_rank, dp_world), source, identity(source), eod_id, lines)
