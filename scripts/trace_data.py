@@ -34,26 +34,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     arguments, rest = parser.parse_known_args()
     # Imported late, so that --help answers at once.
-    from titanling.config import load_config
-    from titanling.config.arguments import parse_arguments
-    from titanling.config.check import check_runnable, errors_name_the_file
-    from titanling.data.sources import open_sources
-    from titanling.parallel.degrees import resolve_layout, sequences_per_step
+    from titanling.run_data import open_run_data
 
-    loaded = load_config(arguments.config, parse_arguments(rest).overrides)
-    config = loaded.config
-    if config.data.streams:
-        raise UserError(
-            f"{loaded.where('data.sources')}: its sources are streamed: what a step reads of them follows from all that"
-            " was read before, and cannot be traced; token files can (scripts/prepare_data.py makes them)"
-        )
-    with errors_name_the_file(loaded):
-        check_runnable(config)
-        _, degrees = resolve_layout(
-            config.model, config.parallelism, config.training, config.validation, config.compile, arguments.world_size
-        )
-        sequences = sequences_per_step(config.training, degrees.dp)
-        source = open_sources(config.data, config.training.seq_len, config.debug.seed, sequences)
+    config, _, sequences, source = open_run_data(arguments.config, rest, arguments.world_size)
     if arguments.step is not None:
         tokenizer = config.model.hf_assets_path if arguments.text else None
         if arguments.text and tokenizer is None:

@@ -52,24 +52,11 @@ def parse_steps(text: str) -> range:
 def verify_config(path: str, overrides: list[str], steps: range, ranks: int) -> "Verdict":
     """Build every data-parallel rank's loader of a config, and verify them together."""
     # Imported late, so that --help answers at once.
-    from titanling.config import load_config
-    from titanling.config.arguments import parse_arguments
-    from titanling.config.check import check_runnable, errors_name_the_file
-    from titanling.data.sources import open_sources
-    from titanling.parallel.degrees import resolve_layout, sequences_per_step
-
-    loaded = load_config(path, parse_arguments(overrides).overrides)
-    config = loaded.config
-    with errors_name_the_file(loaded):
-        check_runnable(config)
-        _, degrees = resolve_layout(
-            config.model, config.parallelism, config.training, config.validation, config.compile, ranks
-        )
-        sequences = sequences_per_step(config.training, degrees.dp)
-        source = open_sources(config.data, config.training.seq_len, config.debug.seed, sequences)
     from titanling.data.loader import build_loader
     from titanling.data.verify import verify
+    from titanling.run_data import open_run_data
 
+    config, degrees, sequences, source = open_run_data(path, overrides, ranks)
     local = config.training.local_batch_size
     loaders = [build_loader(source, local, rank, degrees.dp) for rank in range(degrees.dp)]
     for loader in loaders:

@@ -310,9 +310,10 @@ def test_refused_before_torch(tmp_path: Path, tiny_data: TinyData) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_tracing_is_refused(tmp_path: Path, tiny_data: TinyData) -> None:
+@pytest.mark.parametrize("script", [("trace_data.py", "--step", "1"), ("verify_data.py",)])
+def test_looking_into_it_is_refused(tmp_path: Path, tiny_data: TinyData, script: tuple[str, ...]) -> None:
     path = tiny_config(tmp_path, tiny_data, {"data.train": None, "data.sources": [STREAM]})
-    run = run_python("scripts/trace_data.py", "--config", path, "--step", "1")
+    run = run_python(f"scripts/{script[0]}", "--config", path, *script[1:])
     assert run.returncode == 2 and "streamed" in run.stderr and len(run.stderr.splitlines()) == 1
 
 

@@ -1,16 +1,14 @@
 """The files of streaming sources, read a document at a time from any row on. Free of torch."""
 
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
-import zlib
 from collections.abc import Iterator
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from titanling.config.schema import Data, Source
+from titanling.data.unpack import Unreadable, import_arrow, open_parquet, open_unpacked
 from titanling.errors import UserError
 
 Row = tuple[int, str]
@@ -52,7 +50,7 @@ class LocalFiles:
         self._source = source
         self.paths = list(dict.fromkeys(path for each in source.paths for path in _find(root, source.name, each)))
         if source.kind == "parquet":
-            _pyarrow(self.paths[0])
+            import_arrow(self.paths[0])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,11 +59,18 @@ class LocalFiles:
         """See `TextFiles`."""
         path, field = self.paths[file], self._source.text_field
         rows = _parquet_rows if self._source.kind == "parquet" else _jsonl_rows
-        for row, text in rows(path, field, first, part, parts):
-            if not isinstance(text, str):
-                raise UserError(f'{path}:{row + 1}: "{field}" is not text; correct the row, or text_field')
-            if text:
-                yield row, text
+        try:
+            for row, text in rows(path, field, first, part, parts):
+                if not isinstance(text, str):
+                    raise UserError(f'{path}:{row + 1}: "{field}" is not text; correct the row, or text_field')
+                if text:
+                    yield row, text
+        except Unreadable as error:
+            raise UserError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read to its end ({error.strerror}); restore it") from None
+        except UnicodeDecodeError:  # Arrow does not look whether its strings are
+            raise UserError(f"{path}: holds text that is not UTF-8; write the file again") from None
 
     def identity(self) -> dict[str, Any]:
         """Names and sizes of the files, which may move together, and the field."""
@@ -85,14 +90,10 @@ def _find(root: str | None, name: str, path: str) -> list[str]:
 
 
 def _jsonl_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
-    try:
-        with _open(path) as lines:
-            for row, line in enumerate(lines):
-                if row >= first and row % parts == part and not line.isspace():
-                    yield row, _field(path, row, field, line)
-    except (OSError, EOFError, zlib.error) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read to its end ({words}); replace the file, or leave it out") from None
+    with open_unpacked(path) as lines:
+        for row, line in enumerate(lines):
+            if row >= first and row % parts == part and not line.isspace():
+                yield row, _field(path, row, field, line)
 
 
 def _field(path: str, row: int, field: str, line: bytes) -> Any:
@@ -105,46 +106,21 @@ def _field(path: str, row: int, field: str, line: bytes) -> Any:
     return document[field]
 
 
-def _open(path: str) -> IO[bytes]:
-    if path.endswith(".gz"):
-        return gzip.open(path)  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        # Unlike the usual zstd packages, it notices a file that is cut off.
-        arrow = _pyarrow(path)
-        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(path), "zstd"), 1 << 20)
-    return open(path, "rb")
-
-
-def _pyarrow(path: str) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"{path}: reading it needs pyarrow; install it: {EXTRA}") from None
-    return pyarrow
-
-
 def _parquet_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
-    pyarrow = _pyarrow(path)
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise UserError(f'{path}: has no column "{field}"; set text_field of its source')
-            start = 0
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if start + size > first:
-                    begin = start
-                    for batch in file.iter_batches(row_groups=[group], columns=[field]):
-                        for row in range(begin + (part - begin) % parts, begin + len(batch), parts):
-                            if row >= first:
-                                yield row, batch.column(0)[row - begin].as_py()
-                        begin += len(batch)
-                start += size
-    except (OSError, pyarrow.ArrowException) as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as Parquet ({words}); replace the file, or leave it out") from None
+    with open_parquet(path) as file:
+        if field not in file.schema_arrow.names:
+            raise UserError(f'{path}: has no column "{field}"; set text_field of its source')
+        start = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if start + size > first:
+                begin = start
+                for batch in file.iter_batches(row_groups=[group], columns=[field]):
+                    for row in range(begin + (part - begin) % parts, begin + len(batch), parts):
+                        if row >= first:
+                            yield row, batch.column(0)[row - begin].as_py()
+                    begin += len(batch)
+            start += size
 
 
 class HubFiles:

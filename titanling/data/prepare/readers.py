@@ -3,27 +3,22 @@
 Memory does not grow with a file: a line, a batch of rows or a document is held at a time.
 """
 
-import gzip
-import io
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 from titanling.config.schema import Prepare
 from titanling.data.prepare.text import TextFile
+from titanling.data.unpack import Unreadable, open_parquet, open_unpacked
 from titanling.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 PACKED = (".gz", ".zst")
 ROWS = 256
-# Each read gives the interpreter's lock to the thread that encodes: better seldom.
-BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,6 @@ class Span(NamedTuple):
     end: int = -1
 
 
-class _Bad(Exception):
-    """A document or a file that cannot be used; says where and why."""
-
-
 def kind(path: str) -> str:
     """What a file holds, by its suffix: "lines", "parquet" or "text", which is one document."""
     name, packed = os.path.splitext(path.lower())
@@ -80,9 +71,9 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
     while True:
         try:
             text = next(documents, None)
-            if isinstance(text, _Bad):
+            if isinstance(text, Unreadable):
                 raise text
-        except _Bad as bad:
+        except Unreadable as bad:
             if not (reading.skip_bad or span.file.lenient):
                 raise UserError(f"{bad}, or set data.prepare.skip_bad (--skip-bad) to leave such out") from None
             counts["bad"] += 1
@@ -100,10 +91,10 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
 def row_groups(path: str) -> list[tuple[int, int]]:
     """(rows, bytes when unpacked) of each row group of a Parquet file. Raises `UserError`."""
     try:
-        with _parquet(path) as file:
+        with open_parquet(path) as file:
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
             return [(group.num_rows, group.total_byte_size) for group in groups]
-    except _Bad as bad:
+    except Unreadable as bad:
         raise UserError(str(bad)) from None
 
 
@@ -114,7 +105,7 @@ def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
     path = span.file.path
     # JSON may need up to twice the bytes of a text that is not plain ASCII; further fields are of no such size.
     limit = 2 * reading.max_document_bytes + (1 << 20)
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         number, place = 0, span.start
         if place:
             # The line that holds the byte in front of the span belongs to the span before.
@@ -128,11 +119,11 @@ def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
             number += 1
             try:
                 if length > limit:
-                    raise _Bad(f"a line of {length:,} bytes; {_longer(reading)}")
+                    raise Unreadable(f"a line of {length:,} bytes; {_longer(reading)}")
                 text = _field(line, reading)
-            except _Bad as bad:
+            except Unreadable as bad:
                 at = number + _lines_before(path, span.start)
-                yield _Bad(f"{path}:{at}: {bad}")
+                yield Unreadable(f"{path}:{at}: {bad}")
                 continue
             if text is not None:
                 yield text
@@ -167,26 +158,28 @@ def _field(line: bytes, reading: Reading) -> str | None:
     try:
         row = json.loads(line.decode()) if line.strip() else None
     except UnicodeDecodeError as error:
-        raise _Bad(f"not UTF-8 at byte {error.start} of the line; convert it (iconv -t utf-8)") from None
+        raise Unreadable(f"not UTF-8 at byte {error.start} of the line; convert it (iconv -t utf-8)") from None
     except (ValueError, RecursionError) as error:
-        raise _Bad(f"not JSON ({' '.join(str(error).split())}); correct the line") from None
+        raise Unreadable(f"not JSON ({' '.join(str(error).split())}); correct the line") from None
     if row is None and not line.strip():
         return None
     if not isinstance(row, dict):
-        raise _Bad("no JSON object; each line must be one, with the text under a key")
+        raise Unreadable("no JSON object; each line must be one, with the text under a key")
     if reading.text_field not in row:
         keys = ", ".join(map(str, list(row)[:8])) or "no keys"
-        raise _Bad(f'no "{reading.text_field}" (it has {keys}); correct data.prepare.text_field (--text-field)')
+        raise Unreadable(f'no "{reading.text_field}" (it has {keys}); correct data.prepare.text_field (--text-field)')
     return _checked(row[reading.text_field], reading)
 
 
 def _read_parquet(span: Span, reading: Reading) -> Iterator[Any]:
     path, field = span.file.path, reading.text_field
-    with _parquet(path) as file:
+    with open_parquet(path) as file:
         names = file.schema_arrow.names
         if field not in names:
             has = ", ".join(names[:8]) or "no columns"
-            raise _Bad(f'{path}: no column "{field}" (it has {has}); correct data.prepare.text_field (--text-field)')
+            raise Unreadable(
+                f'{path}: no column "{field}" (it has {has}); correct data.prepare.text_field (--text-field)'
+            )
         groups = range(span.start, span.end if span.end >= 0 else file.metadata.num_row_groups)
         row = sum(file.metadata.row_group(index).num_rows for index in range(span.start))
         for batch in file.iter_batches(ROWS, row_groups=list(groups), columns=[field]):
@@ -194,8 +187,8 @@ def _read_parquet(span: Span, reading: Reading) -> Iterator[Any]:
                 row += 1
                 try:
                     yield _checked(_python(value), reading)
-                except _Bad as bad:
-                    yield _Bad(f"{path}: row {row}: {bad}")
+                except Unreadable as bad:
+                    yield Unreadable(f"{path}: row {row}: {bad}")
 
 
 def _python(value: Any) -> Any:
@@ -203,19 +196,19 @@ def _python(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
-        raise _Bad(f"not UTF-8 at byte {error.start}; write the file again") from None
+        raise Unreadable(f"not UTF-8 at byte {error.start}; write the file again") from None
 
 
 def _read_text(span: Span, reading: Reading) -> Iterator[Any]:
     path = span.file.path
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         raw = file.read(reading.max_document_bytes + 1)
     if len(raw) > reading.max_document_bytes:
-        raise _Bad(f"{path}: more than {reading.max_document_bytes:,} bytes in a document; {_longer(reading)}")
+        raise Unreadable(f"{path}: more than {reading.max_document_bytes:,} bytes in a document; {_longer(reading)}")
     try:
         yield raw.decode()
     except UnicodeDecodeError as error:
-        raise _Bad(
+        raise Unreadable(
             f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8), leave it out of data.prepare.text"
         ) from None
 
@@ -224,59 +217,15 @@ def _checked(value: Any, reading: Reading) -> str:
     """A text that is one, that can be written as UTF-8, and is not too long."""
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
-        raise _Bad(f'"{reading.text_field}" is {found}, not a string; correct it')
+        raise Unreadable(f'"{reading.text_field}" is {found}, not a string; correct it')
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
-        raise _Bad(f"half a surrogate pair at character {error.start} is no Unicode; correct the text") from None
+        raise Unreadable(f"half a surrogate pair at character {error.start} is no Unicode; correct the text") from None
     if size > reading.max_document_bytes:
-        raise _Bad(f"a document of {size:,} bytes; {_longer(reading)}")
+        raise Unreadable(f"a document of {size:,} bytes; {_longer(reading)}")
     return value
 
 
 def _longer(reading: Reading) -> str:
     return f"above data.prepare.max_document_bytes = {reading.max_document_bytes:,}: split it, or raise that"
-
-
-@contextmanager
-def _open(path: str) -> Iterator[IO[bytes]]:
-    """A file, unpacked if its suffix says so; what is wrong with its packing, here or in the body, is a `_Bad`."""
-    suffix = os.path.splitext(path.lower())[1]
-    try:
-        if suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield io.BufferedReader(file, BUFFER)
-        elif suffix == ".zst":
-            arrow = _arrow(path)
-            # Unlike the readers of the usual zstd packages, Arrow's notices a file that is cut off.
-            with arrow.CompressedInputStream(arrow.OSFile(path), "zstd") as stream:
-                yield io.BufferedReader(stream, BUFFER)
-        else:
-            with open(path, "rb", BUFFER) as file:
-                yield file
-    except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise _Bad(f"{path}: damaged ({' '.join(str(error).split())}); fetch it or pack it again") from None
-
-
-@contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    arrow = _arrow(path)
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
-    except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise _Bad(f"{path}: damaged ({' '.join(str(error).split())[:200]}); fetch or write it again") from None
-
-
-def _arrow(path: str) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(f"{path}: needs pyarrow: pip install pyarrow (or titanling's extra: parquet)") from None
-    return pyarrow
