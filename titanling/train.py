@@ -20,7 +20,7 @@ from titanling.config.reference import help_text
 from titanling.data.indexed import file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
-from titanling.data.token_files import check_files
+from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step, world_size
@@ -162,7 +162,7 @@ def _save_config(config: Config) -> None:
 
 def _prepare_data(config: Config) -> None:
     data, tokenizer = config.data, config.model.hf_assets_path
-    if data.train and data.prepare.text and tokenizer:
+    if data.train and data.prepare.text and tokenizer and not is_foreign(data.train):
         if not all(Path(f"{prefix}.json").exists() for prefix in (data.train, data.validation) if prefix):
             print(escape_controls(f"preparing {' '.join(data.prepare.text)} as {data.train} (once)"), flush=True)
         for line in prepare(data.prepare, data.train, data.validation, tokenizer):

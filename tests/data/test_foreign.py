@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from helpers import TinyData, run_python, run_train, tiny_config
 
-from titanling.config.schema import Data, Source
+from titanling.config.schema import Config, Data, Model, Prepare, Source
 from titanling.data import token_files
 from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.sources import identity, open_sources
 from titanling.data.token_files import check_files, facts, hashes, is_foreign
 from titanling.data.trace import pieces, sights
 from titanling.errors import UserError
+from titanling.train import _prepare_data
 
 KINDS = ("ours", "megatron", "ds", "npy")
 
@@ -127,6 +128,18 @@ def test_a_run_over_one(files: dict[str, str], eod_id: int, kind: str) -> None:
     known = identity(open_sources(data, 32, 0, 4))
     assert known == identity(open_sources(data, 32, 0, 4))
     assert known["sources"] != identity(open_sources(Data(train=files["ours"]), 32, 0, 4))["sources"]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_nothing_is_prepared_in_their_place(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Where an extended config has text to prepare."""
+    before = sorted(Path(files[kind]).parent.iterdir())
+    data = Data(train=files[kind], eod_id=0, prepare=Prepare(text=("README.md",)))
+    _prepare_data(Config(data=data, model=Model(flavor="minilingua_30m", hf_assets_path=str(tmp_path / "none"))))
+    assert sorted(Path(files[kind]).parent.iterdir()) == before and not (tmp_path / "none").exists()
+    assert not capsys.readouterr().out
 
 
 def test_what_is_not_finished_is_not_taken_for_megatrons(files: dict[str, str], eod_id: int) -> None:
