@@ -182,9 +182,10 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
         assert tokenizer is not None  # check_runnable saw to it
         check_streams(data, tokenizer, shape.vocab_size, training.seq_len, config.debug.seed, sequences)
     else:
-        check_sources(data, shape.vocab_size, expected, training.seq_len)
+        expected = check_sources(data, shape.vocab_size, expected, training.seq_len)
         source = open_sources(data, training.seq_len, config.debug.seed, sequences)
         check_epochs(data, source, training.steps, sequences)
+        source.close()
     if validation.enable:
         assert data.validation is not None  # check_runnable saw to it
         tokens = check_files(data.validation, data, shape.vocab_size, expected).tokens

@@ -306,6 +306,9 @@ def test_the_later_of_two_ways_to_give_data_holds(tmp_path: Path) -> None:
     write(tmp_path, "mixed.toml", MIXED)
     data = load_config(write(tmp_path, "a.toml", 'extends = "one.toml"' + MIXED)).config.data
     assert (data.train, len(data.sources), data.prepare.text, data.prepare.vocab_size) == (None, 2, (), 400)
+    others = '[[data.sources]]\nname = "z"\npaths = ["z"]'
+    data = load_config(write(tmp_path, "c.toml", f'extends = "mixed.toml"\n{others}')).config.data
+    assert ([source.name for source in data.sources], data.stages) == (["z"], ())
     data = load_config(write(tmp_path, "b.toml", 'extends = ["mixed.toml", "one.toml"]')).config.data
     assert (data.train, data.sources, data.stages) == ("t", (), ())
     data = load_config(tmp_path / "mixed.toml", {"data.train": "u"}).config.data

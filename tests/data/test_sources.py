@@ -1,6 +1,9 @@
 """Sources of several files, mixtures over them, and tracing both ways."""
 
 import json
+import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,9 @@ import numpy as np
 import pytest
 from data_helpers import run_python, write_documents
 
-from titanling.config.schema import Data
+from titanling.config.schema import Data, Source
 from titanling.data.indexed import IndexedDataset
-from titanling.data.sources import MixedSource, check_epochs, check_sources, describe, open_sources
+from titanling.data.sources import MixedSource, check_epochs, check_sources, describe, open_sources, prefixes_of
 from titanling.data.trace import pieces, samples_of_step, sights
 from titanling.errors import UserError
 
@@ -187,6 +190,29 @@ def test_bad_sources(root: Path, changes: dict[str, Any], words: list[str]) -> N
     with pytest.raises(UserError) as refused:
         open_sources(data(root, **changes), SEQ_LEN, 5, 8)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_shards_that_were_merged_are_left_out(root: Path, tmp_path: Path) -> None:
+    for name in ("a-shard-00001-of-00002", "a-shard-00002-of-00002", "a", "b-shard-00001-of-00001", "a-shard-1"):
+        (tmp_path / f"{name}.idx").touch()
+    found = prefixes_of(Data(), Source(name="x", paths=(f"{tmp_path}/*",)))
+    assert {Path(prefix).name for prefix in found} == {"a", "a-shard-1", "b-shard-00001-of-00001"}
+
+
+def test_more_files_than_may_be_open(root: Path) -> None:
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(taken.pop())
+        with pytest.raises(UserError, match="raise the limit .ulimit -n."):
+            open_sources(data(root), SEQ_LEN, seed=5, sequences=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for each in taken:
+            os.close(each)
 
 
 def test_sources_of_two_tokenizers(root: Path, tmp_path: Path) -> None:

@@ -64,11 +64,15 @@ def _run_facts(state: dict[str, Any]) -> dict[str, str]:
         "batch": f"{sequences if sequences > 0 else 'local'} × {training['seq_len']} tokens",
         "computed in": training["mixed_precision_param"],
         "layout": _layout_words(config["parallelism"]),
-        "data": "; ".join(
-            f"{name}, .bin SHA-256 {files['bin_sha256'][:12]}…" for name, files in data["sources"].items()
-        )
+        "data": "; ".join(f"{name}, {_files_words(files)}" for name, files in data["sources"].items())
         + f"; seed {data['seed']}",
     }
+
+
+def _files_words(files: dict[str, Any]) -> str:
+    if "bin_sha256" in files:
+        return f".bin SHA-256 {files['bin_sha256'][:12]}…"
+    return f"{counted(files['files'], files['kind'] + ' file')}, streamed"
 
 
 def _shape_words(shape: LlamaShape) -> str:

@@ -20,8 +20,9 @@ def check_resumable(
     if "stages" not in state["data"]:
         raise UserError(f"{path}: was saved before runs had sources; convert its weights, or use that version to go on")
     _check_stream(path, state["data"].get("stream"), data.get("stream"))
-    then = {"packing": "concat"} | state["data"]  # as it was before there was a choice
-    before, now = (_read_so_far(each, state["tokens_seen"]) for each in (then, data))
+    # Concat: as it was before there was a choice, and as streams are.
+    both = ({"packing": "concat"} | each for each in (state["data"], data))
+    before, now = (_read_so_far(each, state["tokens_seen"]) for each in both)
     if before["stages"] != now["stages"]:
         raise UserError(
             f"{path}: data.stages: up to step {state['step']:,} it read {_stages(before)}, and this config says"
@@ -63,7 +64,8 @@ def _file_words(key: str) -> str:
     """sources.NAME.bin_sha256 in words, for who has never seen that hash."""
     table, _, rest = key.partition(".")
     name, _, file = rest.rpartition(".")
-    return f'the .{file.removesuffix("_sha256")} of source "{name}"' if table == "sources" and name else key
+    known = table == "sources" and name and file in ("bin_sha256", "idx_sha256")
+    return f'the .{file.removesuffix("_sha256")} of source "{name}"' if known else key
 
 
 def _stages(data: dict[str, Any]) -> str:

@@ -189,6 +189,7 @@ def _make_way(base: Tree, later: Iterable[str]) -> None:
         data.pop("stages", None)
     if "data.sources" in later:
         data.pop("train", None)
+        data.pop("stages", None)  # of other sources
         if isinstance(data.get("prepare"), dict):
             data["prepare"].pop("text", None)  # which would make data.train
 

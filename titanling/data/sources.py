@@ -1,8 +1,10 @@
 """The token files of a run, cut into windows, and the one sequence of samples that is read from them. Free of torch."""
 
+import errno
 import glob
 import hashlib
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,6 +24,8 @@ from titanling.errors import UserError
 
 ONLY = "train"
 """Name of the source that is data.train."""
+SHARD = re.compile(r"-shard-\d{5}-of-\d{5}$")
+"""What the name of a shard has behind that of the merged files: see prepare.run.Shard."""
 MUCH = 4
 """Epochs beyond which repeated text teaches clearly less than new text (Muennighoff et al., 2023)."""
 
@@ -138,6 +142,12 @@ class MixedSource:
             row[:] = dataset.read(start, self.seq_len + 1)
         return whole_batch(tokens)
 
+    def close(self) -> None:
+        """Close all files."""
+        for source in self.sources:
+            for dataset in source.datasets:
+                dataset.close()
+
     def epochs(self, samples: int) -> list[float]:
         """How often each source is read in the run's first `samples`."""
         counts = self.mixture.counts(samples)
@@ -177,7 +187,8 @@ def prefixes_of(data: Data, source: Source) -> list[str]:
                 " .npy, nor a glob of any; correct its paths or data.root, or make them: prepare_data.py"
             )
         found |= dict.fromkeys(file.removesuffix(suffix) for file in files)
-    return list(found)
+    # Shards that have been merged would be read twice.
+    return [prefix for prefix in found if SHARD.sub("", prefix) not in found or not SHARD.search(prefix)]
 
 
 def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSource:
@@ -187,7 +198,15 @@ def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSo
     or too short for one sequence; stages that begin together or not in order.
     """
     sources = sources_of(data)
-    files = [([open_files(p, data) for p in prefixes_of(data, source)], source.name) for source in sources]
+    try:
+        files = [([open_files(p, data) for p in prefixes_of(data, source)], source.name) for source in sources]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UserError(
+            "data.sources: more token files than a process may hold open; raise the limit (ulimit -n), or merge them"
+            " (scripts/data.py merge)"
+        ) from None
     if data.packing == "best_fit":
         settings = data.packing_window, data.document_mask != "none"
         opened = [PackedSource(datasets, seq_len, seed, name, *settings) for datasets, name in files]
@@ -218,16 +237,18 @@ def _named(step: int | None, tokens: int | None) -> str:
     return f"step {step:,}" if step is not None else f"token {tokens:,}"
 
 
-def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq_len: int) -> None:
-    """Raise UserError for files that are not whole, too short, or of another vocabulary or tokenizer.
+def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq_len: int) -> str | None:
+    """The hash of the tokenizer that the files are of, None if none says.
 
-    `tokenizer_sha256` is that of the run's tokenizer; without one, all files must be of the same.
+    Raises UserError for files that are not whole, too short, or of another vocabulary or tokenizer. `tokenizer_sha256`
+    is that of the run's tokenizer; without one, all files must be of the same.
     """
     first: tuple[str, str] | None = None
     for source in sources_of(data):
         for prefix in prefixes_of(data, source):
             found = check_files(prefix, data, vocab_size, tokenizer_sha256)
-            check_length(prefix, found.tokens, "training.seq_len", seq_len)
+            if data.packing == "concat":  # packed, all files of a source are one stream
+                check_length(prefix, found.tokens, "training.seq_len", seq_len)
             if found.tokenizer_sha256 is None:
                 continue
             first = first or (prefix, found.tokenizer_sha256)
@@ -236,6 +257,7 @@ def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq
                     f"data.sources: {first[0]} and {prefix} were tokenised by different tokenizers (tokenizer.json"
                     f" {first[1][:12]}… and {found.tokenizer_sha256[:12]}…); prepare them with one"
                 )
+    return first[1] if first else tokenizer_sha256
 
 
 def check_length(prefix: str, tokens: int, key: str, seq_len: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from titanling.config.schema import Data
 from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar
-from titanling.data.raw import SUFFIXES, RawTokens, open_tokens
+from titanling.data.raw import SUFFIXES, NumpyTokens, RawTokens, open_tokens
 from titanling.errors import UserError
 
 SAMPLES, SAMPLE_TOKENS = 16, 4096
@@ -116,7 +116,7 @@ def _check_foreign(prefix: str, data: Data, vocab_size: int) -> None:
     dataset = open_files(prefix, data)
     try:
         _check_ids(dataset, data, vocab_size)
-        if data.document_mask != "none" and isinstance(dataset, IndexedDataset):
+        if data.document_mask != "none" and not isinstance(dataset, NumpyTokens):  # which are cut at that id
             _check_ends(dataset, _eod_id(prefix, data))
     finally:
         dataset.close()
@@ -139,14 +139,15 @@ def _check_ids(dataset: Tokens, data: Data, vocab_size: int) -> None:
         raise UserError(f'{path}: every second token is 0, or nearly, as of uint32; set data.npy_dtype = "uint32"')
 
 
-def _check_ends(dataset: IndexedDataset, eod_id: int) -> None:
+def _check_ends(dataset: Tokens, eod_id: int) -> None:
     """Documents are told apart by their last token: look whether it is there, at some of them."""
     for document in sorted({0, dataset.num_documents // 2, dataset.num_documents - 1}):
         last = dataset.document(document)[-1:].tolist()
         if last != [eod_id]:
             raise UserError(
-                f"{dataset.prefix}.bin: document {document} ends with {last}, not with data.eod_id = {eod_id}, by which"
-                ' data.document_mask = "causal" tells documents apart; correct it, or write the files with --append-eod'
+                f"{tokens_path(dataset.prefix)}: document {document} ends with {last}, not with data.eod_id = {eod_id},"
+                ' by which data.document_mask = "causal" tells documents apart; correct it, or write the files with an'
+                " end-of-document token (Megatron's --append-eod)"
             )
 
 
