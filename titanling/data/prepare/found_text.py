@@ -11,6 +11,7 @@ import re
 import string
 import struct
 import sysconfig
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -118,7 +119,7 @@ def _read(paths: Iterable[Path]) -> Iterator[str]:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
             yield content.decode("utf-8")[:LONGEST]
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, zlib.error):
             continue
 
 

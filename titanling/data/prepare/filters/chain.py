@@ -33,9 +33,9 @@ from titanling.errors import UserError
 
 Apply = Callable[[str], str | None]
 LANGUAGE_PACKAGES = {
-    "py3langid": "py3langid",
-    "lingua": "lingua-language-detector",
-    "fasttext": "fasttext-predict",
+    "py3langid": ("py3langid",),
+    "lingua": ("lingua-language-detector",),
+    "fasttext": ("fasttext-predict", "fasttext", "fasttext-wheel"),
 }
 
 
@@ -144,6 +144,6 @@ def _facts(setting: Filter, languages: Sequence[str | None]) -> Iterator[str]:
         case DecontaminateFilter():
             yield from map(file_sha256, find_test_sets(setting.test_sets))
         case LanguageFilter():
-            yield extra_version(LANGUAGE_PACKAGES[setting.library])
+            yield extra_version(*LANGUAGE_PACKAGES[setting.library])
             if setting.model is not None:
                 yield file_sha256(setting.model)
