@@ -244,6 +244,28 @@ def test_fertility(languages: Path, trained: dict[str, Path]) -> None:
     assert mean == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
 
 
+def test_a_tokenizer_that_cuts_texts_off_does_not_win(languages: Path, trained: dict[str, Path]) -> None:
+    whole, cut = (load_tokenizer(str(trained["byte-level"])).tokenizer for _ in range(2))
+    cut.enable_truncation(4)
+    cut.enable_padding(length=9)
+    (languages / "small" / "00.txt").write_text("return x\n return <|user|> first")
+    sample = Sample(sources(languages, small=1), 10_000)
+    (report,) = compare({"whole": whole, "cut": cut}, sample, "whole")
+    counts = {found.tokens for found in report.tokenizers.values()}
+    assert len(counts) == 1 and counts.pop() > len("<|user|>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("token", ["END", "E"])
+def test_a_special_token_that_plain_text_would_give_is_refused(tmp_path: Path, kind: str, token: str) -> None:
+    with pytest.raises(UserError, match=f"special token {token}: is also a word"):
+        train_tokenizer(["END of BEND, " * 99], 280, str(tmp_path / "a"), Recipe(kind, eos_token=token))
+    assert not list(tmp_path.iterdir())
+    train_tokenizer(["END of BEND, " * 99], 280, str(tmp_path / "a"), Recipe(kind, eos_token=f"<{token}>"))
+    tokenizer = load_tokenizer(str(tmp_path / "a")).tokenizer
+    assert tokenizer.encode(f"<{token}>").ids == [1]
+
+
 def script(*arguments: object) -> subprocess.CompletedProcess:
     return run_python(*map(str, arguments), env=os.environ | {"PYTHONPATH": str(ROOT)})
 
