@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanling.data.prepare.fertility import compare, means
+from titanling.data.prepare.readers import Reading
 from titanling.data.prepare.sample import Sample, Source, parse_sources
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.prepare.train import BYTES, Recipe, train_tokenizer
@@ -175,6 +176,14 @@ def test_without_a_bound_everything_is_taken_once(languages: Path) -> None:
     assert Counter(sample) == Counter(path.read_text() for path in (languages / "large").iterdir())
     each = Sample(sources(languages, large=1, small=5), 20_000, each=True)
     assert each.quotas == [20_000, each.bytes[1]]
+
+
+def test_a_sample_is_read_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"text": "two"}\n')
+    source = Source("en", (f"{tmp_path}/a.jsonl",))
+    with pytest.raises(UserError, match="--text-field"):
+        list(Sample([source], 10))
+    assert list(Sample([source], 10**6, reading=Reading("body", skip_bad=True)))[0] == "one"
 
 
 def test_sources_in_words_and_in_toml(tmp_path: Path) -> None:

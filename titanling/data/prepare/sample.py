@@ -18,6 +18,7 @@ from titanling.errors import UserError
 # A long document is sampled in pieces of at least so many characters, each ending before white space.
 PIECE = 10_000
 _SPACE = re.compile(r"\s")
+DEFAULT = Reading()
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,28 @@ class Sample:
     """About `max_bytes` of UTF-8 from the sources, each in proportion to its weight: the same at every iteration.
 
     A source that is larger than its share gives pieces from all over it, chosen by `seed`; a smaller one is
-    repeated. With `each`, every source gives `max_bytes`, or what it has. Iterating yields pieces of documents.
+    repeated. A packed source counts with its packed size: as it holds more text than that, it is repeated too early,
+    or gives pieces from the first of its files (shuffled) only. With `each`, every source gives `max_bytes`, or what
+    it has. Iterating yields pieces of documents.
     Raises `UserError` for a `max_bytes` below 1, and for a source without text, when it is opened or met.
 
     Attributes: `sources`; `shares`, the normalised weights; `bytes`, the size of each source's files; `quotas`, the
     bytes that each may give.
     """
 
-    def __init__(self, sources: Sequence[Source], max_bytes: float, seed: int = 0, each: bool = False) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        max_bytes: float,
+        seed: int = 0,
+        each: bool = False,
+        reading: Reading = DEFAULT,
+    ) -> None:
         if not 1 <= max_bytes < math.inf:
             raise UserError(f"--max-bytes {max_bytes:g}: must be 1 or more")
         self.sources = list(sources)
         self._seed = seed
+        self._reading = reading
         self._files = [_find(source) for source in sources]
         self.bytes = [sum(file.bytes for file in files) for files in self._files]
         for source, size in zip(self.sources, self.bytes, strict=True):
@@ -94,7 +105,7 @@ class Sample:
         taken = 0
         while taken < quota:
             seen = 0
-            for piece in _pieces(files):
+            for piece in _pieces(files, self._reading):
                 raw = piece.encode()
                 seen += len(raw)
                 if taken < share * (seen - skipped) or share == 1:
@@ -109,8 +120,8 @@ class Sample:
                 return
 
 
-def _pieces(files: Sequence[TextFile]) -> Iterator[str]:
-    texts = (text for file in files for text in read_documents(Span(file), Reading(), Counter()))
+def _pieces(files: Sequence[TextFile], reading: Reading) -> Iterator[str]:
+    texts = (text for file in files for text in read_documents(Span(file), reading, Counter()))
     for text in texts:
         start = 0
         while start < len(text):
