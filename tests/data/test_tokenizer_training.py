@@ -1,5 +1,6 @@
 """Trained tokenizers: both kinds, what they promise, weighted samples, comparisons, and every bad input."""
 
+import gzip
 import json
 import os
 import random
@@ -176,6 +177,22 @@ def test_without_a_bound_everything_is_taken_once(languages: Path) -> None:
     assert Counter(sample) == Counter(path.read_text() for path in (languages / "large").iterdir())
     each = Sample(sources(languages, large=1, small=5), 20_000, each=True)
     assert each.quotas == [20_000, each.bytes[1]]
+
+
+@pytest.mark.parametrize("max_bytes", [160_000, 10**6])
+def test_every_packed_file_is_sampled(tmp_path: Path, max_bytes: int) -> None:
+    for name in "abcd":
+        text = " ".join(f"{name}{number}" for number in range(20_000))
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    packed, plain = Source("packed", (f"{tmp_path}/*.gz",)), Source("plain", (f"{tmp_path}/plain.txt",))
+    (tmp_path / "plain.txt").write_text("plain " * 90_000)
+    sample = Sample([packed, plain], max_bytes)
+    text = " ".join(sample.of(0))
+    words = Counter(word[0] for word in text.split() if word[0].isalpha())
+    assert set(words) == set("abcd") and len(text) == pytest.approx(sample.quotas[0], rel=0.2)
+    if max_bytes == 10**6:  # more than the packed size, and less than the text: no part of it comes twice
+        assert sample.quotas[0] > sample.bytes[0] and max(words.values()) < 1.2 * min(words.values())
+        assert text.count("a17 ") == 1
 
 
 def test_a_sample_is_read_as_it_is_told(tmp_path: Path) -> None:

@@ -55,9 +55,8 @@ class Sample:
     """About `max_bytes` of UTF-8 from the sources, each in proportion to its weight: the same at every iteration.
 
     A source that is larger than its share gives pieces from all over it, chosen by `seed`; a smaller one is
-    repeated. A packed source counts with its packed size: as it holds more text than that, it is repeated too early,
-    or gives pieces from the first of its files (shuffled) only. With `each`, every source gives `max_bytes`, or what
-    it has. Iterating yields pieces of documents.
+    repeated. A packed file counts as its packed size, and as much of its beginning is looked at as there is of a plain
+    one. With `each`, every source gives `max_bytes`, or what it has. Iterating yields pieces of documents.
     Raises `UserError` for a `max_bytes` below 1, and for a source without text, when it is opened or met.
 
     Attributes: `sources`; `shares`, the normalised weights; `bytes`, the size of each source's files; `quotas`, the
@@ -105,8 +104,7 @@ class Sample:
         taken = 0
         while taken < quota:
             seen = 0
-            for piece in _pieces(files, self._reading):
-                raw = piece.encode()
+            for raw in _pieces(files, self._reading, max(1.0, quota / size)):
                 seen += len(raw)
                 if taken < share * (seen - skipped) or share == 1:
                     raw = raw[: quota - taken]
@@ -120,14 +118,24 @@ class Sample:
                 return
 
 
-def _pieces(files: Sequence[TextFile], reading: Reading) -> Iterator[str]:
-    texts = (text for file in files for text in read_documents(Span(file), reading, Counter()))
+def _pieces(files: Sequence[TextFile], reading: Reading, most: float) -> Iterator[bytes]:
+    """Pieces in UTF-8 of each file in turn, up to `most` times its size: only a packed one holds more than 1."""
+    for file in files:
+        left = math.ceil(most * file.bytes)
+        for raw in _cut(read_documents(Span(file), reading, Counter())):
+            yield raw[:left]
+            left -= len(raw)
+            if left <= 0:
+                break
+
+
+def _cut(texts: Iterator[str]) -> Iterator[bytes]:
     for text in texts:
         start = 0
         while start < len(text):
             space = _SPACE.search(text, start + PIECE)
             end = space.start() if space else len(text)
-            yield text[start:end]
+            yield text[start:end].encode()
             start = end
 
 
