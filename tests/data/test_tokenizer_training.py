@@ -271,14 +271,15 @@ def test_fertility(languages: Path, trained: dict[str, Path]) -> None:
 
 
 def test_a_tokenizer_that_cuts_texts_off_does_not_win(languages: Path, trained: dict[str, Path]) -> None:
-    whole, cut = (load_tokenizer(str(trained["byte-level"])).tokenizer for _ in range(2))
+    whole, cut, plain = (load_tokenizer(str(trained["byte-level"])).tokenizer for _ in range(3))
+    plain.encode_special_tokens = True
     cut.enable_truncation(4)
-    cut.enable_padding(length=9)
-    (languages / "small" / "00.txt").write_text("return x\n return <|user|> first")
+    cut.enable_padding(length=7)
+    text = "return x\n return <|user|> first"
+    (languages / "small" / "00.txt").write_text(text)
     sample = Sample(sources(languages, small=1), 10_000)
     (report,) = compare({"whole": whole, "cut": cut}, sample, "whole")
-    counts = {found.tokens for found in report.tokenizers.values()}
-    assert len(counts) == 1 and counts.pop() > len("<|user|>")
+    assert {found.tokens for found in report.tokenizers.values()} == {len(plain.encode(text))}
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
