@@ -30,11 +30,14 @@ def main() -> None:
     )
     add("--reference", help="the tokenizer to which lengths are normalised (default: the first)")
     add("--max-bytes", type=float, default=1e7, help="text to read of each source (default: 1e7)")
+    add("--text-field", default="text", help="JSON lines, Parquet: key or column of the text (default: text)")
+    add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
     add("--seed", type=int, default=0, help="which pieces of a large source are taken (default: 0)")
     add("--json", metavar="OUT", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     from titanling.checkpoint.text import columns
     from titanling.data.prepare.fertility import as_json, compare, means
+    from titanling.data.prepare.readers import Reading
     from titanling.data.prepare.sample import Sample, parse_sources
     from titanling.data.prepare.tokenizer import read_tokenizer
 
@@ -45,7 +48,8 @@ def main() -> None:
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(names)}: a tokenizer is named twice; name each once")
     tokenizers = {name: read_tokenizer(name) for name in names}
-    sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed, each=True)
+    reading = Reading(arguments.text_field, skip_bad=arguments.skip_bad)
+    sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed, True, reading)
     reports = compare(tokenizers, sample, reference)
     rows = [("source", "tokenizer", "tokens/word", "tokens/byte", "NSL")]
     for report in reports:

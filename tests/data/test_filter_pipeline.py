@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from titanling.config.load import load_config
+from titanling.config.schema import Filter
 from titanling.data.indexed import IndexedDataset
 from titanling.data.prepare import pieces
+from titanling.data.prepare.filters import chain
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.prepare.train import train_tokenizer
@@ -96,6 +99,22 @@ def test_filters_in_the_order_given(config: Path, tmp_path: Path) -> None:
         assert (before["documents_out"], before["bytes_out"]) == (after["documents_in"], after["bytes_in"])
     assert source["filters"][-1]["bytes_out"] == source["splits"]["training"]["bytes"]
     assert (tmp_path / "two" / name.name).read_bytes() == name.read_bytes()
+
+
+def test_what_filters_load_is_loaded_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    decontaminate = chain.decontaminate
+    monkeypatch.setattr(chain, "decontaminate", lambda its: built.append(its) or decontaminate(its))
+    (tmp_path / "test.txt").write_text(f"{GERMAN[0]}\n", encoding="utf-8")
+    (tmp_path / "fi.jsonl").write_bytes((tmp_path / "de.jsonl").read_bytes())
+    kinds = {"kind": "decontaminate", "test_sets": [f"{tmp_path}/test.txt"]}, {"kind": "deduplicate_documents"}
+    filters = tuple(TypeAdapter(Filter).validate_python(kinds[each]) for each in (0, 1, 0))
+    text = tuple(f"{language}={tmp_path}/{language}.jsonl" for language in ("de", "fi"))
+    assert len(run(config, tmp_path / "out", text=text, filters=filters, workers=1)) == 6
+    assert len(built) == 3  # to check it, and for each stage: not for each language and piece
+    report = json.loads(next((tmp_path / "out").glob("*.report.json")).read_text(encoding="utf-8"))
+    counts = [[each["documents_in"] for each in report["sources"][name]["filters"]] for name in ("de", "fi")]
+    assert counts == [[8, 6, 6], [8, 6, 0]]
 
 
 def test_a_filter_that_cannot_work_stops_before_anything_is_written(config: Path, tmp_path: Path) -> None:

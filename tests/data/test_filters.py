@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from titanling.config.schema import Filter
 from titanling.data.prepare.filters import Filters, TokenFilters, check_filters
 from titanling.data.prepare.filters.contamination import KnownTexts
+from titanling.data.prepare.filters.extras import extra_version
 from titanling.data.prepare.filters.lists import words_of
 from titanling.data.prepare.filters.repetition import NGrams, repeated_parts
 from titanling.errors import UserError
@@ -159,13 +160,25 @@ def brute_force(words: list[str], n: int) -> tuple[float, float]:
     return max(top, default=0.0), share([at for at, gram in enumerate(grams) if gram in grams[:at]])
 
 
-@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), min_size=1, max_size=30))
-def test_n_grams_agree_with_counting_them_one_by_one(words: list[str]) -> None:
+@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), min_size=1, max_size=30), st.floats(0, 1))
+def test_n_grams_agree_with_counting_them_one_by_one(words: list[str], limit: float) -> None:
     grams = NGrams(words)
     for n in range(1, min(len(words), 6) + 1):
         grams.grow()
         top, repeated = brute_force(words, n)
-        assert (grams.top(), grams.repeated()) == (pytest.approx(top), pytest.approx(repeated))
+        assert grams.repeated() == pytest.approx(repeated)
+        assert not grams.top_is_above(top) and (top == 0 or grams.top_is_above(top - 1e-9))
+        assert grams.top_is_above(limit) == (top > limit)
+
+
+def test_many_short_runs_are_not_measured_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    share = NGrams.share
+    monkeypatch.setattr(NGrams, "share", lambda grams, starts: measured.append(grams.n) or share(grams, starts))
+    runs = " ".join(f"w{number} " * 3 for number in range(3000))
+    keys = {"repeated_n_grams": [], "top_n_grams": [[2, 0.2], [3, 0.18]]}
+    assert build("gopher_repetition", **keys)(runs) and not measured
+    assert not build("gopher_repetition", **keys)(runs + " buy now" * 3000) and len(measured) < 10
 
 
 VARIED = "each of these words stands here once so nothing in this line can come back again at all".split()
@@ -322,6 +335,10 @@ def test_filters_apply_in_order_and_the_report_adds_up(bad_list: str) -> None:
     assert words.bytes_out == len("eins zwei drei\nvier fünf sechs".encode())
 
 
+PACKED = gzip.compress(" ".join(map(str, range(9999))).encode())
+GARBLED = PACKED[:500] + bytes(100) + PACKED[600:]
+
+
 def refusal(settings: list[Any], *languages: str | None) -> str:
     """The one line with which the check fails."""
     with pytest.raises(UserError) as caught:
@@ -347,6 +364,7 @@ def test_what_is_missing_or_wrong_is_said_before_any_work(tmp_path: Path, bad_li
         "signs.txt": (b"!!\n", "bad_words", "neither letter nor digit"),
         "bad.jsonl": (b'{"a": "b"}\n{"a": \n', "decontaminate", "cannot be read at line 2"),
         "cut.txt.gz": (gzip.compress(b"words " * 999)[:40], "decontaminate", "cannot be read at line 0"),
+        "hit.txt.gz": (GARBLED, "decontaminate", "damaged"),
         "test.csv": (b"a,b\n", "decontaminate", "a test set is a .txt or .jsonl"),
         "short.txt": (b"three short words\n", "decontaminate", "no text of 8 words or more"),
     }
@@ -371,6 +389,13 @@ def test_a_missing_extra_is_named_with_its_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     assert f"pip install 'titanling[{package}]'" in refusal([setting(**keys)], "de")
+
+
+def test_a_package_may_come_under_another_name() -> None:
+    from importlib.metadata import version
+
+    assert extra_version("no-such-package", "numpy") == f"numpy {version('numpy')}"
+    assert extra_version("no-such-package") == "no-such-package of an unknown version"
 
 
 def test_the_fingerprint_follows_the_lists_and_nothing_else(tmp_path: Path, bad_list: str, test_set: str) -> None:

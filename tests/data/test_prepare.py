@@ -1,7 +1,9 @@
 """From text to token files: what is found, what is written, that it survives kills, and every bad input."""
 
+import gzip
 import hashlib
 import itertools
+import json
 import os
 import resource
 import subprocess
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar, verify_hashes
-from titanling.data.prepare.readers import Reading
+from titanling.data.prepare.readers import Reading, read_documents
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.text import find_files
 from titanling.data.prepare.tokenise import is_validation
@@ -180,12 +182,11 @@ def test_existing_tokenizer_is_used(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_large_corpora_train_the_tokenizer_on_a_sample(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collections import Counter
-
     from titanling.data.prepare import run as module
 
     files = find_files([str(corpus)])
-    whole = [text for split, text in module._documents(files, Reading(), 0.2, Counter()) if split == "training"]
+    texts = [Path(file.path).read_bytes().decode() for file in files if file.bytes]
+    whole = [text for text in texts if not is_validation(text, 0.2)]
     assert list(module._sample(files, Reading(), 0.2)) == whole
     size = sum(map(len, whole))
     monkeypatch.setattr(module, "TOKENIZER_BYTES", size // 4)
@@ -193,6 +194,35 @@ def test_large_corpora_train_the_tokenizer_on_a_sample(corpus: Path, monkeypatch
     assert 0.5 * size / 4 < sum(map(len, taken)) <= size // 4
     places = [whole.index(text) for text in taken[:-1]]
     assert max(places) > 0.6 * len(whole)  # spread over the corpus
+
+
+def test_the_tokenizer_sees_every_packed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanling.data.prepare import run as module
+
+    for name in "abcd":  # texts that pack well: each file alone holds more than is needed
+        rows = [f"{name}{number} " * 50 for number in range(400)]
+        lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    files = find_files([f"{tmp_path}/*.gz"])
+    monkeypatch.setattr(module, "TOKENIZER_BYTES", 40_000)
+    read = []
+    reader = lambda *arguments: (read.append(len(text)) or text for text in read_documents(*arguments))  # noqa: E731
+    monkeypatch.setattr(module, "read_documents", reader)
+    taken = list(module._sample(files, Reading(), 0.0))
+    sizes = [sum(len(text) for text in taken if text[0] == name) for name in "abcd"]
+    shares = [40_000 * file.bytes / sum(file.bytes for file in files) for file in files]
+    assert sizes == pytest.approx(shares, abs=500) and sum(sizes) == 40_000
+    assert "" not in taken and sum(read) < 41_000
+
+
+def test_a_long_text_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanling.data.prepare import run as module
+
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 100_000)
+    monkeypatch.setattr(module, "TOKENIZER_BYTES", 60_000)
+    texts = list(module._sample(find_files([str(tmp_path)]), Reading(), 0.0))
+    assert texts == [name * 20_000 for name in "abc"]
 
 
 def test_other_tokenizer_is_refused_and_nothing_touched(corpus: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Trained tokenizers: both kinds, what they promise, weighted samples, comparisons, and every bad input."""
 
+import gzip
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanling.data.prepare.fertility import compare, means
+from titanling.data.prepare.readers import Reading
 from titanling.data.prepare.sample import Sample, Source, parse_sources
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.prepare.train import BYTES, Recipe, train_tokenizer
@@ -177,6 +179,30 @@ def test_without_a_bound_everything_is_taken_once(languages: Path) -> None:
     assert each.quotas == [20_000, each.bytes[1]]
 
 
+@pytest.mark.parametrize("max_bytes", [160_000, 10**6])
+def test_every_packed_file_is_sampled(tmp_path: Path, max_bytes: int) -> None:
+    for name in "abcd":
+        text = " ".join(f"{name}{number}" for number in range(20_000))
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    packed, plain = Source("packed", (f"{tmp_path}/*.gz",)), Source("plain", (f"{tmp_path}/plain.txt",))
+    (tmp_path / "plain.txt").write_text("plain " * 90_000)
+    sample = Sample([packed, plain], max_bytes)
+    text = " ".join(sample.of(0))
+    words = Counter(word[0] for word in text.split() if word[0].isalpha())
+    assert set(words) == set("abcd") and len(text) == pytest.approx(sample.quotas[0], rel=0.2)
+    if max_bytes == 10**6:  # more than the packed size, and less than the text: no part of it comes twice
+        assert sample.quotas[0] > sample.bytes[0] and max(words.values()) < 1.2 * min(words.values())
+        assert text.count("a17 ") == 1
+
+
+def test_a_sample_is_read_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"text": "two"}\n')
+    source = Source("en", (f"{tmp_path}/a.jsonl",))
+    with pytest.raises(UserError, match="--text-field"):
+        list(Sample([source], 10))
+    assert list(Sample([source], 10**6, reading=Reading("body", skip_bad=True)))[0] == "one"
+
+
 def test_sources_in_words_and_in_toml(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(
         '[[sources]]\nname = "en"\ntext = ["a", "b:c"]\nweight = 27\n[[sources]]\nname = "de"\ntext = "d"\n'
@@ -242,6 +268,29 @@ def test_fertility(languages: Path, trained: dict[str, Path]) -> None:
     mean = means(reports, sample.shares)["byte-fallback"]["tokens_per_word"]
     parts = [report.tokenizers["byte-fallback"].tokens_per_word for report in (small, large)]
     assert mean == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
+
+
+def test_a_tokenizer_that_cuts_texts_off_does_not_win(languages: Path, trained: dict[str, Path]) -> None:
+    whole, cut, plain = (load_tokenizer(str(trained["byte-level"])).tokenizer for _ in range(3))
+    plain.encode_special_tokens = True
+    cut.enable_truncation(4)
+    cut.enable_padding(length=7)
+    text = "return x\n return <|user|> first"
+    (languages / "small" / "00.txt").write_text(text)
+    sample = Sample(sources(languages, small=1), 10_000)
+    (report,) = compare({"whole": whole, "cut": cut}, sample, "whole")
+    assert {found.tokens for found in report.tokenizers.values()} == {len(plain.encode(text))}
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("token", ["END", "E"])
+def test_a_special_token_that_plain_text_would_give_is_refused(tmp_path: Path, kind: str, token: str) -> None:
+    with pytest.raises(UserError, match=f"special token {token}: is also a word"):
+        train_tokenizer(["END of BEND, " * 99], 280, str(tmp_path / "a"), Recipe(kind, eos_token=token))
+    assert not list(tmp_path.iterdir())
+    train_tokenizer(["END of BEND, " * 99], 280, str(tmp_path / "a"), Recipe(kind, eos_token=f"<{token}>"))
+    tokenizer = load_tokenizer(str(tmp_path / "a")).tokenizer
+    assert tokenizer.encode(f"<{token}>").ids == [1]
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess:

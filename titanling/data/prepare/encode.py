@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from titanling.data.prepare.tokenizer import TokenizerFiles
+from titanling.data.prepare.tokenizer import TokenizerFiles, encode_plainly
 from titanling.errors import UserError
 
 
@@ -106,9 +106,7 @@ class Encoder:
 
 def _tokenizers(tokenizer: Tokenizer) -> Backend:
     # Otherwise a text that mentions <|end_of_text|> would end its document there.
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    encode_plainly(tokenizer)
 
     def ids(encodings: list[Encoding]) -> Encoded:
         found = [np.array(encoding.ids, np.uint32) for encoding in encodings]

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from titanling.data.prepare.sample import Sample
+from titanling.data.prepare.tokenizer import encode_plainly
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class SourceReport:
 
 
 def compare(tokenizers: Mapping[str, Tokenizer], sample: Sample, reference: str) -> list[SourceReport]:
-    """Encode the sample with each tokenizer, no special tokens added; a report for each source."""
+    """Encode the sample with each tokenizer, as data is prepared; a report for each source."""
+    for tokenizer in tokenizers.values():
+        encode_plainly(tokenizer)
     reports = []
     for index, source in enumerate(sample.sources):
         words = size = 0

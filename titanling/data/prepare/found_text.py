@@ -11,12 +11,14 @@ import re
 import string
 import struct
 import sysconfig
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from titanling.data.prepare.text import STDLIB, find_files, read_text
+from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.text import STDLIB, find_files
 
 SHARE = Path("/usr/share")
 PACKAGES = (Path(sysconfig.get_path("purelib")), Path("/usr/lib/python3/dist-packages"))
@@ -85,7 +87,8 @@ def docstrings() -> Iterator[str]:
 def python_code() -> Iterator[str]:
     """The standard library's modules."""
     files = {Path(file.path): file for file in find_files([STDLIB])}
-    yield from filter(None, (read_text(files[path]) for path in _by_name(files)))
+    for path in _by_name(files):
+        yield from read_documents(Span(files[path]), Reading(), Counter())
 
 
 def pseudo_text(language: str, alphabet: str) -> Iterator[str]:
@@ -116,7 +119,7 @@ def _read(paths: Iterable[Path]) -> Iterator[str]:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
             yield content.decode("utf-8")[:LONGEST]
-        except (OSError, EOFError, ValueError):
+        except (OSError, EOFError, ValueError, zlib.error):
             continue
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Byte-pair merges hardly change beyond this much text, and training time grows with it.
 TOKENIZER_BYTES = 32_000_000
+# Characters of a text that it is trained on whole.
+WHOLE = 10_000
 
 
 class Shard(NamedTuple):
@@ -208,30 +210,33 @@ def _train(texts: Iterator[str], vocab_size: int, tokenizer_dir: str) -> str:
     return f"{tokenizer_dir}: byte-level BPE, vocabulary {made:,}, trained in {time.monotonic() - start:.1f} s"
 
 
-def _documents(
-    files: list[TextFile], reading: Reading, fraction: float, read: Counter[str]
-) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document; counts as `read_documents` does. UserError if there is none."""
+def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterator[str]:
+    """Training texts from the beginnings of files, at most TOKENIZER_BYTES characters together.
+
+    A file gives in proportion to its size on the disk, for what a packed one holds is not known before it is read; of
+    many small files some are taken whole and the others not read. UserError if no file has a text.
+    """
     from titanling.data.prepare.tokenise import is_validation
 
+    total = max(1, sum(file.bytes for file in files))
+    read = Counter[str]()
+    passed = taken = 0
     for file in files:
+        passed += file.bytes
+        due = TOKENIZER_BYTES * passed // total
+        if taken >= due:
+            continue
         for text in read_documents(Span(file), reading, read):
-            yield "validation" if is_validation(text, fraction) else "training", text
+            if is_validation(text, fraction):
+                continue
+            # Short texts are not cut in two, nor may a long one take the place of later files.
+            piece = text[: max(due - taken, min(WHOLE, TOKENIZER_BYTES - taken))]
+            taken += len(piece)
+            yield piece
+            if taken >= due:
+                break
     if not read["documents"]:
         raise _no_text(files)
-
-
-def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterator[str]:
-    """Training texts spread evenly over `files`, at most TOKENIZER_BYTES characters together."""
-    share = min(1.0, TOKENIZER_BYTES / max(1, sum(file.bytes for file in files)))
-    seen = taken = 0
-    for split, text in _documents(files, reading, fraction, Counter()):
-        if split == "training":
-            if taken <= seen * share:
-                piece = text[: TOKENIZER_BYTES - taken]
-                taken += len(piece)
-                yield piece
-            seen += len(text)
 
 
 def _no_text(files: list[TextFile]) -> UserError:

@@ -18,6 +18,7 @@ from titanling.errors import UserError
 # A long document is sampled in pieces of at least so many characters, each ending before white space.
 PIECE = 10_000
 _SPACE = re.compile(r"\s")
+DEFAULT = Reading()
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,27 @@ class Sample:
     """About `max_bytes` of UTF-8 from the sources, each in proportion to its weight: the same at every iteration.
 
     A source that is larger than its share gives pieces from all over it, chosen by `seed`; a smaller one is
-    repeated. With `each`, every source gives `max_bytes`, or what it has. Iterating yields pieces of documents.
+    repeated. A packed file counts as its packed size, and as much of its beginning is looked at as there is of a plain
+    one. With `each`, every source gives `max_bytes`, or what it has. Iterating yields pieces of documents.
     Raises `UserError` for a `max_bytes` below 1, and for a source without text, when it is opened or met.
 
     Attributes: `sources`; `shares`, the normalised weights; `bytes`, the size of each source's files; `quotas`, the
     bytes that each may give.
     """
 
-    def __init__(self, sources: Sequence[Source], max_bytes: float, seed: int = 0, each: bool = False) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        max_bytes: float,
+        seed: int = 0,
+        each: bool = False,
+        reading: Reading = DEFAULT,
+    ) -> None:
         if not 1 <= max_bytes < math.inf:
             raise UserError(f"--max-bytes {max_bytes:g}: must be 1 or more")
         self.sources = list(sources)
         self._seed = seed
+        self._reading = reading
         self._files = [_find(source) for source in sources]
         self.bytes = [sum(file.bytes for file in files) for files in self._files]
         for source, size in zip(self.sources, self.bytes, strict=True):
@@ -94,8 +104,7 @@ class Sample:
         taken = 0
         while taken < quota:
             seen = 0
-            for piece in _pieces(files):
-                raw = piece.encode()
+            for raw in _pieces(files, self._reading, max(1.0, quota / size)):
                 seen += len(raw)
                 if taken < share * (seen - skipped) or share == 1:
                     raw = raw[: quota - taken]
@@ -109,14 +118,24 @@ class Sample:
                 return
 
 
-def _pieces(files: Sequence[TextFile]) -> Iterator[str]:
-    texts = (text for file in files for text in read_documents(Span(file), Reading(), Counter()))
+def _pieces(files: Sequence[TextFile], reading: Reading, most: float) -> Iterator[bytes]:
+    """Pieces in UTF-8 of each file in turn, up to `most` times its size: only a packed one holds more than 1."""
+    for file in files:
+        left = math.ceil(most * file.bytes)
+        for raw in _cut(read_documents(Span(file), reading, Counter())):
+            yield raw[:left]
+            left -= len(raw)
+            if left <= 0:
+                break
+
+
+def _cut(texts: Iterator[str]) -> Iterator[bytes]:
     for text in texts:
         start = 0
         while start < len(text):
             space = _SPACE.search(text, start + PIECE)
             end = space.start() if space else len(text)
-            yield text[start:end]
+            yield text[start:end].encode()
             start = end
 
 

@@ -51,6 +51,13 @@ def read_tokenizer(directory: str) -> Tokenizer:
         raise UserError(f"{path}: not a tokenizer ({error}); give the folder of one (model.hf_assets_path)") from None
 
 
+def encode_plainly(tokenizer: Tokenizer) -> None:
+    """Have it encode the whole of every text, and special tokens that a text mentions as any other text."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Largest token id + 1, special tokens included."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

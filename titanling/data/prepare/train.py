@@ -89,7 +89,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str, recip
     `recipe.pad_to_multiple` adds. transformers' AutoTokenizer loads the directory; it appears whole or not at all.
     The same texts in the same order give the same bytes. Encoding adds no special tokens, and decoding gives back
     every text exactly. "byte-fallback" iterates over `texts` twice.
-    Raises `UserError` if `vocab_size` does not hold the bytes, special tokens and characters.
+    Raises `UserError` if `vocab_size` does not hold the bytes, special tokens and characters, and if plain text could
+    give a special token.
     """
     special = list(recipe.all_special_tokens)
     _check_size(vocab_size, len(BYTES) + len(special), f"256 bytes and {len(special)} special tokens")
@@ -97,6 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str, recip
         tokenizer = _train_byte_level(texts, vocab_size, special, recipe.split_digits)
     else:
         tokenizer = _train_byte_fallback(texts, vocab_size, special, recipe)
+    _check_special_tokens(tokenizer, special)
     missing = -vocabulary_size(tokenizer) % recipe.pad_to_multiple
     tokenizer.add_special_tokens([f"<|reserved_{number}|>" for number in range(missing)])
     save_tokenizer(tokenizer, directory, recipe.named_tokens | {"model_max_length": recipe.model_max_length})
@@ -157,6 +159,18 @@ def _alphabet(texts: Iterable[str], coverage: float) -> list[str]:
         alphabet.append(character)
         left -= count
     return alphabet
+
+
+def _check_special_tokens(tokenizer: Tokenizer, special: list[str]) -> None:
+    """A text that mentions a special token must be able to, without being taken for it."""
+    tokenizer.encode_special_tokens = True
+    for token in special:
+        if tokenizer.encode(token).ids == [tokenizer.token_to_id(token)]:
+            raise UserError(
+                f"special token {token}: is also a word or character of the text, which would be taken for it; give"
+                f" another, such as <|{token.lower()}|>"
+            )
+    tokenizer.encode_special_tokens = False
 
 
 def _check_size(vocab_size: int, least: int, needed: str) -> None:

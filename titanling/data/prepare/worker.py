@@ -16,6 +16,7 @@ from titanling.data.prepare.readers import Reading, read_documents
 
 if TYPE_CHECKING:
     from titanling.data.prepare.encode import Encoder
+    from titanling.data.prepare.filters import Steps
     from titanling.data.prepare.tokenizer import TokenizerFiles
 
 
@@ -79,23 +80,30 @@ def cut_into_stages(filters: Sequence[Any]) -> tuple[Stage, ...]:
 
 
 class Worker:
-    """Makes parts, one at a time. Holds the tokenizer once it is needed."""
+    """Makes parts, one at a time. Holds the tokenizer and what filters have loaded, once it is needed."""
 
     def __init__(self, job: Job, files: "TokenizerFiles | None" = None) -> None:
         self._job = job
         self._files = files
         self._encode: Encoder | None = None
+        self._steps: Steps | None = None
 
     def make(self, task: Task) -> None:
         """Make the part of a task. Raises `UserError`, OSError."""
         stage = self._job.stages[task.stage]
         with new_part(task.folder) as folder:
-            making = _Making(self._job, task, stage, folder)
+            making = _Making(self._job, task, stage, folder, self._filters() if stage.text else None)
             if stage.hashed:
                 making.spill()
             else:
                 making.tokenise(self._encoder())
             write_counts(folder, making.counts())
+
+    def _filters(self) -> "Steps":
+        from titanling.data.prepare.filters import Steps
+
+        self._steps = self._steps or Steps()
+        return self._steps
 
     def _encoder(self) -> "Encoder":
         # Imported here: not before the number of its threads is set.
@@ -111,8 +119,8 @@ class Worker:
 class _Making:
     """One part on its way."""
 
-    def __init__(self, job: Job, task: Task, stage: Stage, folder: str) -> None:
-        self._job, self._task, self._stage, self._folder = job, task, stage, folder
+    def __init__(self, job: Job, task: Task, stage: Stage, folder: str, steps: "Steps | None") -> None:
+        self._job, self._task, self._stage, self._folder, self._steps = job, task, stage, folder, steps
         self._language = job.language or task.piece.name
         self._read = Counter[str]()
         self._filters: dict[int, Counts] = {}
@@ -184,7 +192,7 @@ class _Making:
         from titanling.data.prepare.filters import Filters
 
         places, settings = zip(*self._stage.text, strict=True)
-        filters = Filters(settings, self._language)
+        filters = Filters(settings, self._language, self._steps)
         self._filters |= dict(zip(places, filters.report, strict=True))
         for text in documents:
             result = filters.apply(text)

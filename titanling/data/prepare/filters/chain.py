@@ -33,20 +33,39 @@ from titanling.errors import UserError
 
 Apply = Callable[[str], str | None]
 LANGUAGE_PACKAGES = {
-    "py3langid": "py3langid",
-    "lingua": "lingua-language-detector",
-    "fasttext": "fasttext-predict",
+    "py3langid": ("py3langid",),
+    "lingua": ("lingua-language-detector",),
+    "fasttext": ("fasttext-predict", "fasttext", "fasttext-wheel"),
 }
 
 
-class Filters:
-    """Consecutive filters of one document's text, for one worker and source language.
+BY_LANGUAGE = (LanguageFilter, BadWordsFilter, GopherQualityFilter)
 
-    Attributes: `report`, what each of `settings` has counted. Raises `UserError` as the filters do when built.
+
+class Steps:
+    """Filters of a document's text, built once each, or once for each language: some load models and test sets."""
+
+    def __init__(self) -> None:
+        self._built: dict[tuple[Filter, str | None], Apply] = {}
+
+    def get(self, setting: Filter, language: str | None) -> Apply:
+        """What a filter does to a text. Raises `UserError` as the filters do when built."""
+        key = setting, language if isinstance(setting, BY_LANGUAGE) else None
+        if key not in self._built:
+            self._built[key] = _build(setting, language)
+        return self._built[key]
+
+
+class Filters:
+    """Consecutive filters of one document's text, in one source language.
+
+    `steps` holds what was built for other parts. Attributes: `report`, what each of `settings` has counted here.
+    Raises `UserError` as the filters do when built.
     """
 
-    def __init__(self, settings: Sequence[Filter], language: str | None) -> None:
-        self._steps = [_build(each, language) for each in settings]
+    def __init__(self, settings: Sequence[Filter], language: str | None, steps: Steps | None = None) -> None:
+        steps = steps or Steps()
+        self._steps = [steps.get(each, language) for each in settings]
         self.report = [Counts() for _ in settings]
 
     def apply(self, text: str) -> str | None:
@@ -98,9 +117,10 @@ def check_filters(settings: Sequence[Filter], languages: Collection[str | None])
                 " and so comes last; put it in front"
             )
     ordered = sorted(languages, key=lambda language: language or "")
+    steps = Steps()
     for language in ordered:
         for each in settings:
-            {"text": _build, "hashes": open_hashes, "tokens": _build_tokens}[each.needs](each, language)
+            {"text": steps.get, "hashes": open_hashes, "tokens": _build_tokens}[each.needs](each, language)
     digest = hashlib.sha256()
     for fact in (fact for each in settings for fact in _facts(each, ordered)):
         digest.update(f"{fact}\n".encode())
@@ -144,6 +164,6 @@ def _facts(setting: Filter, languages: Sequence[str | None]) -> Iterator[str]:
         case DecontaminateFilter():
             yield from map(file_sha256, find_test_sets(setting.test_sets))
         case LanguageFilter():
-            yield extra_version(LANGUAGE_PACKAGES[setting.library])
+            yield extra_version(*LANGUAGE_PACKAGES[setting.library])
             if setting.model is not None:
                 yield file_sha256(setting.model)

@@ -1,7 +1,8 @@
 """Drops documents that are not in the language that they should be in."""
 
+import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from titanling.config.schema import LanguageFilter
@@ -51,10 +52,11 @@ def _lingua(settings: LanguageFilter, code: str) -> Score:
 
 
 def _fasttext(settings: LanguageFilter, code: str) -> Score:
-    module = import_extra("fasttext", "fasttext", _who(settings))
+    import_extra("fasttext", "fasttext", _who(settings))
     try:
-        model = module.load_model(str(settings.model))
-    except ValueError as error:
+        status = os.stat(str(settings.model))
+        model = _model(str(settings.model), (status.st_mtime_ns, status.st_size))
+    except (ValueError, OSError) as error:
         raise UserError(f"{settings.model}: not a model of fasttext ({error}); correct data.prepare.filters") from None
     # lid.176 says de, GlotLID deu_Latn; a language of several scripts has several labels.
     known, _ = model.predict("", k=-1, threshold=-1.0)  # an empty line has all labels, whatever their probability
@@ -69,6 +71,14 @@ def _fasttext(settings: LanguageFilter, code: str) -> Score:
         return min(1.0, sum(float(p) for name, p in zip(names, probabilities, strict=True) if name in labels))
 
     return score
+
+
+@lru_cache(1)
+def _model(path: str, version: tuple[int, int]) -> Any:
+    """One for all languages of a process: it may hold gigabytes."""
+    import fasttext
+
+    return fasttext.load_model(path)
 
 
 @cache

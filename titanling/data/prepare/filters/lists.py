@@ -1,7 +1,7 @@
 """Files of words and of test texts that filters look for."""
 
 import glob
-import gzip
+import io
 import json
 import os
 import re
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from titanling.data.unpack import Unreadable, open_unpacked
 from titanling.errors import UserError
 
 _WORD = re.compile(r"\w+")
@@ -68,15 +69,14 @@ def find_test_sets(patterns: Sequence[str]) -> list[str]:
 
 def read_test_texts(path: str) -> Iterator[str]:
     """The lines of a .txt, the strings of each object of a .jsonl. Raises `UserError`."""
-    opener = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for line in file:
+        with open_unpacked(path) as file:
+            for line in io.TextIOWrapper(file, encoding="utf-8"):
                 number += 1
                 if line.strip():
                     yield from _strings(json.loads(line)) if ".jsonl" in os.path.basename(path) else (line,)
-    except (ValueError, OSError, EOFError) as error:
+    except (Unreadable, ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read at line {number} ({error}); mend or replace this test set") from None
 
 

@@ -72,18 +72,13 @@ class NGrams:
         np.add.at(edges, starts + self.n, -1)
         return float(self.sizes[np.cumsum(edges[:-1]) > 0].sum() / max(1, self.sizes.sum()))
 
-    def top(self) -> float:
-        """Share of characters in the places of the n-gram that, occurring more than once, has most of them."""
+    def top_is_above(self, limit: float) -> bool:
+        """Whether an n-gram, occurring more than once, has in its places more than this share of the characters."""
         ends = np.concatenate(([0], np.cumsum(self.sizes)))
         lengths = (ends[self.n :] - ends[: len(ends) - self.n])[self.first]
-        # Places of an n-gram may overlap, so these are bounds: the largest are measured, until none can be more.
-        bounds = np.where(self.counts > 1, self.counts * lengths, 0)
-        best = 0.0
-        for name in np.argsort(-bounds, kind="stable"):
-            if bounds[name] <= best * ends[-1]:
-                break
-            best = max(best, self.share(np.flatnonzero(self.ids == name)))
-        return best
+        # Places of an n-gram may overlap, so these are bounds. They add up to at most n: few are above the limit.
+        bounds = np.where(self.counts > 1, self.counts * lengths, 0) / ends[-1]
+        return any(self.share(np.flatnonzero(self.ids == name)) > limit for name in np.flatnonzero(bounds > limit))
 
     def repeated(self) -> float:
         """Share of characters in n-grams that came before."""
@@ -101,6 +96,6 @@ def _n_grams_pass(words: Sequence[str], settings: GopherRepetitionFilter) -> boo
         grams.grow()
         if len(grams.counts) == len(grams.ids):  # none comes twice, and no longer one can
             break
-        if n in top and grams.top() > top[n] or n in repeated and grams.repeated() > repeated[n]:
+        if n in top and grams.top_is_above(top[n]) or n in repeated and grams.repeated() > repeated[n]:
             return False
     return True
