@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_helpers import ROOT, run_python, texts_of
 from tokenizers import Tokenizer
@@ -241,6 +243,17 @@ def test_bad_text_is_refused_and_leaves_no_token_files(corpus: Path, tmp_path: P
         run(corpus, output)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not [path for path in output.iterdir() if path.name != "tokenizer"]
+
+
+def test_parquet_without_row_groups_holds_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "empty.parquet"
+    pq.ParquetWriter(path, pa.schema({"text": pa.string()})).close()
+    train_tokenizer(iter(["abc"]), 300, str(tmp_path / "tokenizer"))
+    with pytest.raises(UserError, match=r"empty\.parquet: holds no text"):
+        prepare(settings(path), f"{tmp_path}/t", None, f"{tmp_path}/tokenizer")
+    (tmp_path / "a.txt").write_text("abc")
+    prepare(settings(tmp_path / "*.*"), f"{tmp_path}/t", None, f"{tmp_path}/tokenizer")
+    assert read_sidecar(f"{tmp_path}/t").documents == 1
 
 
 def test_bad_tokenizer_directories(corpus: Path, tmp_path: Path) -> None:
