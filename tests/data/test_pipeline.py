@@ -15,7 +15,7 @@ from data_helpers import json_lines, run_python, start_python, texts_of
 from titanling.config import load_config
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, IndexedWriter, verify_hashes
-from titanling.data.prepare import pieces, progress
+from titanling.data.prepare import pieces, pipeline, progress
 from titanling.data.prepare.encode import Encoder
 from titanling.data.prepare.progress import progress_line
 from titanling.data.prepare.readers import Reading
@@ -113,11 +113,12 @@ def test_a_worker_that_dies_is_one_line(mixed_corpus: Path, tmp_path: Path) -> N
     (mixed_corpus / "e.jsonl").write_bytes(json_lines(0, 20_000))
 
     def kill_one() -> None:
-        while not (children := multiprocessing.active_children()):
+        deadline = time.monotonic() + 60
+        while not (children := multiprocessing.active_children()) and time.monotonic() < deadline:
             time.sleep(0.001)
         children[0].kill()
 
-    killer = threading.Thread(target=kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     with pytest.raises(UserError, match=r"a worker died \(killed by SIGKILL\) while it prepared .*corpus/") as error:
         run(mixed_corpus, tmp_path / "out", workers=2)
@@ -127,22 +128,33 @@ def test_a_worker_that_dies_is_one_line(mixed_corpus: Path, tmp_path: Path) -> N
 
 def test_seen_hashes() -> None:
     choose = np.random.default_rng(0)
-    for rule in ("each", "any"):
-        seen, known = SeenHashes(rule), set()
-        for _ in range(40):
-            counts = choose.integers(1, 5, choose.integers(1, 30))
-            hashes = choose.integers(0, 3000, counts.sum()).astype(np.uint64) << np.uint64(40)
-            expected = []
-            for part in np.split(hashes, np.cumsum(counts)[:-1]):
-                if rule == "any":
-                    expected += [not known & set(part.tolist())] * len(part)
-                    known |= set(part.tolist())
-                else:
-                    for value in part.tolist():
-                        expected.append(value not in known)
-                        known.add(value)
-            assert seen.add(hashes, counts).tolist() == expected
-        assert len(seen) == len(known) and seen.bytes == 8 * len(known)
+    seen, known = SeenHashes(), set()
+    for _ in range(40):
+        hashes = choose.integers(0, 3000, choose.integers(1, 100)).astype(np.uint64) << np.uint64(40)
+        expected = []
+        for value in hashes.tolist():
+            expected.append(value not in known)
+            known.add(value)
+        assert seen.add(hashes).tolist() == expected
+    assert len(seen) == len(known) and seen.bytes == 8 * len(known)
+
+
+def test_hashes_of_a_large_part_are_looked_at_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, sizes = np.random.default_rng(0).integers(0, 90, 100).astype("<u8"), []
+
+    class Seen(SeenHashes):
+        def add(self, hashes: np.ndarray) -> np.ndarray:
+            sizes.append(len(hashes))
+            return super().add(hashes)
+
+    (tmp_path / "hashes.bin").write_bytes(hashes.tobytes())
+    found = []
+    for block in (100, 7):
+        monkeypatch.setattr(pipeline, "BLOCK_HASHES", block)
+        found.append((pipeline._decide(Seen(), str(tmp_path)), (tmp_path / "new.bin").read_bytes()))
+    assert found[0] == found[1] and sizes == [100, *[7] * 14, 2]
+    (tmp_path / "hashes.bin").write_bytes(b"")
+    assert pipeline._decide(Seen(), str(tmp_path)) and not (tmp_path / "new.bin").read_bytes()
 
 
 FILTERS = """
