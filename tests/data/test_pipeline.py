@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,17 +16,18 @@ from data_helpers import json_lines, run_python, start_python, texts_of
 from titanling.config import load_config
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, IndexedWriter, verify_hashes
-from titanling.data.prepare import pieces, pipeline, progress
+from titanling.data.prepare import pieces, pipeline, pool, progress
 from titanling.data.prepare.encode import Encoder
 from titanling.data.prepare.progress import progress_line
-from titanling.data.prepare.readers import Reading
+from titanling.data.prepare.readers import Reading, Span
 from titanling.data.prepare.report import memory_lines, rows
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.seen import SeenHashes
-from titanling.data.prepare.text import find_files
+from titanling.data.prepare.text import TextFile, find_files
 from titanling.data.prepare.tokenise import is_validation
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.prepare.train import train_tokenizer
+from titanling.data.prepare.worker import Task
 from titanling.errors import UserError
 
 FILES = [f"{split}.{suffix}" for split in ("t", "v") for suffix in ("bin", "idx", "json")]
@@ -124,6 +126,18 @@ def test_a_worker_that_dies_is_one_line(mixed_corpus: Path, tmp_path: Path) -> N
         run(mixed_corpus, tmp_path / "out", workers=2)
     killer.join()
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"\0\0\0\x63half an answer"])
+def test_a_worker_that_dies_between_tasks_or_while_it_answers(answer: bytes | None) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    task = Task(pieces.Piece("a", None, (Span(TextFile("a.txt", 1)),), 1), 0, "part", None)
+    dead = SimpleNamespace(join=lambda: None, exitcode=-9)
+    if answer is not None:
+        os.write(theirs.fileno(), answer)
+    theirs.close()
+    with pytest.raises(UserError, match=r"a worker died \(killed by SIGKILL\) while it prepared a\.txt;"):
+        (pool._send if answer is None else pool._check)(ours, dead, task)
 
 
 def test_seen_hashes() -> None:
