@@ -61,8 +61,8 @@ def prepare(
     """Make the tokenizer and token files that do not exist yet; return lines that say what exists and what was made.
 
     `train` and `validation` are prefixes; without `validation` every document is training text. What exists is used
-    as it is and never overwritten. Safe to kill at any moment and to call from several processes: the next call
-    finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
+    as it is and never overwritten. Safe to kill at any moment and to call from several processes of one machine:
+    the next call finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
     A `shard` makes its share alone, in files of its own, with a tokenizer that exists; `data.merge` joins them.
     Unless the input is small or `settings.workers` is 1, processes are started, which import the main module.
     Raises `UserError`: no text, text that is bad, files of another tokenizer, disk full.
@@ -250,7 +250,7 @@ def _describe(sidecar: Sidecar | None) -> str:
 
 @contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """Let one process at a time prepare in `folder`. The lock dies with its process and leaves no file."""
+    """Let one process of a machine at a time prepare in `folder`. The lock dies with its process and leaves no file."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
