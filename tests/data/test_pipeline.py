@@ -106,7 +106,8 @@ def test_settings_that_make_other_parts(mixed_corpus: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match="d159"):
             run(mixed_corpus, output, workers=1, **settings)
         found.append(len(list((output / "t.parts").iterdir())))
-    assert found == [found[0], found[0], 2 * found[0]]
+    # Whoever was told that one backend gives wrong ids, and sets the other, gets no part of the first.
+    assert found == [found[0], 2 * found[0], 3 * found[0]]
     lines = run(mixed_corpus, output, workers=1, skip_bad=True)
     assert "1 skipped (bad)" in lines[-1] and sorted(contents(output)) == sorted([*FILES, "t.report.json"])
 

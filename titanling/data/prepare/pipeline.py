@@ -49,15 +49,25 @@ def new_job(settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, frac
     )
 
 
-def fingerprint(settings: Prepare, pieces: Sequence[Piece], files: TokenizerFiles, fraction: float) -> str:
-    """Of all that pieces have in common. Raises `UserError` for filters that cannot work."""
+def settings_hash(settings: Prepare, pieces: Sequence[Piece], fraction: float) -> str:
+    """Of what decides which documents are written, beside text and tokenizer: the same for all shards.
+
+    `pieces` are those of all shards. Raises `UserError` for filters that cannot work.
+    """
     outside = ""
     if settings.filters:
         from titanling.data.prepare.filters import check_filters
 
         outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
-    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "skip_bad", "language", "filters"})
-    return _hash(f"{PARTS_VERSION} {used} {outside} {files.sha256} {files.eod_id} {fraction}")
+    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "language", "filters"})
+    return _hash(f"{used} {outside} {fraction}")
+
+
+def fingerprint(settings: Prepare, settings_hash: str, files: TokenizerFiles) -> str:
+    """Of all that pieces have in common."""
+    # The backend too: who is told that one gives wrong ids sets another, and must not get the parts that it made.
+    used = settings.model_dump_json(include={"skip_bad", "backend"})
+    return _hash(f"{PARTS_VERSION} {settings_hash} {used} {files.sha256} {files.eod_id}")
 
 
 def make_all(
