@@ -129,7 +129,7 @@ def run_filters(filters: Filters, texts: Sequence[str]) -> None:
 
 def run_hashes(kind: str, texts: Sequence[str]) -> list[str]:
     """Exact deduplication, both halves and the lookup; what stays."""
-    step, seen, left = open_hashes(setting(kind), None), SeenHashes("each"), []
+    step, seen, left = open_hashes(setting(kind), None), SeenHashes(), []
     for start in range(0, len(texts), BATCH):
         batch = texts[start : start + BATCH]
         hashes = [step.hashes(text) for text in batch]
@@ -157,7 +157,7 @@ def memory(documents: int) -> float:
     """Peak memory of the set of hashes while it grows to so many documents, in GB per million of them."""
     rng = np.random.default_rng(0)
     tracemalloc.start()
-    seen = SeenHashes("each")
+    seen = SeenHashes()
     for start in range(0, documents, 10_000):
         count = min(10_000, documents - start)
         seen.add(rng.integers(0, 2**64, count, np.uint64), np.ones(count, np.int64))

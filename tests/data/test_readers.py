@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from titanling.data.prepare import readers
 from titanling.data.prepare.readers import Reading, Span, read_documents, row_groups
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
@@ -129,6 +130,20 @@ def test_bad_lines(tmp_path: Path, line: bytes, suffix: str) -> None:
     assert str(error.value).startswith(f"{path}:2: {BAD_LINES[line]}") and "\n" not in str(error.value)
     counts = Counter[str]()
     assert read(path, counts, max_document_bytes=4000, skip_bad=True) == ["a", "a"] and counts["bad"] == 1
+
+
+def test_a_document_may_be_six_times_as_long_in_json(tmp_path: Path) -> None:
+    for text in ("\x01" * 400_000, "é" * 400_000):
+        path = write(tmp_path / "a.jsonl", as_lines([text]))
+        assert read(path, max_document_bytes=len(text.encode())) == [text]
+
+
+def test_skipped_lines_are_not_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would read the file up to the span again for each."""
+    monkeypatch.setattr(readers, "_lines_before", lambda path, start: pytest.fail("read again"))
+    path = write(tmp_path / "a.jsonl", as_lines(["a"]) + b"{\n" * 3 + as_lines(["b"]))
+    counts = Counter[str]()
+    assert read(path, counts, start=1, skip_bad=True) == ["b"] and counts["bad"] == 3
 
 
 def cut(path: Path) -> None:

@@ -13,6 +13,7 @@ from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, read_sidecar, write_sidecar
 from titanling.data.inspect import document_ids, sample_ids, stats, verify
 from titanling.data.merge import document_lengths, merge, shards_of
+from titanling.data.prepare.report import read_report
 from titanling.data.prepare.run import Shard, parse_shard, prepare
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.errors import UserError
@@ -97,6 +98,27 @@ def test_what_deduplication_misses_between_shards_is_said(mixed_corpus: Path, tm
     assert len(lines) == 1 and lines[0].startswith("deduplicate_documents: each shard knew only its own documents")
     report = json.loads((tmp_path / "out" / "t.report.json").read_text())
     assert report["sources"][str(mixed_corpus)]["read"]["documents"] == 220 > made.documents
+
+
+def test_merging_what_went_through_other_filters(mixed_corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for number, least in ((1, 1), (2, 4)):
+        run(mixed_corpus, output, Shard(number, 2), filters=({"kind": "length", "min_words": least},))
+    inputs = [f"{output}/t-shard-{number:05}-of-00002" for number in (1, 2)]
+    with pytest.raises(
+        UserError, match="t-shard-00002-of-00002: was made with other filters or settings than .*-00001"
+    ):
+        shards_of(f"{output}/t")
+    # Given one by one, the same kinds are added up, whatever their settings.
+    assert merge(f"{output}/one", inputs)[1] == []
+    report = read_report(f"{output}/one")
+    assert report["sources"][str(mixed_corpus)]["filters"][0]["documents_in"] == 160 and report["settings"] is None
+    run(mixed_corpus, tmp_path / "other", Shard(1, 2))
+    inputs[0] = f"{tmp_path}/other/t-shard-00001-of-00002"
+    lines = merge(f"{output}/two", inputs)[1]
+    assert lines == ["no report is written: the inputs went through different filters (none; length)"]
+    verify(f"{output}/two")
+    assert not (output / "two.report.json").exists()
 
 
 SLURM = {f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "7"), ("MIN", "5"), ("MAX", "9"), ("COUNT", "5"))}

@@ -121,6 +121,13 @@ def _read_header(path: str) -> tuple[int, int, int]:
     return code, sequences, entries - 1
 
 
+def check_unused(prefix: str) -> None:
+    """Raise `UserError` if there are files of this prefix that `IndexedWriter` may not replace."""
+    existing = [path for path in _files(prefix) if os.path.exists(path)]
+    if f"{prefix}.json" in existing or (existing and not os.path.exists(f"{prefix}.json.partial")):
+        raise UserError(f"{existing[0]}: exists and is never overwritten; move it away or choose another prefix")
+
+
 class IndexedWriter:
     """Writes one .bin/.idx pair: a context manager whose files appear under their names only on success.
 
@@ -146,11 +153,8 @@ class IndexedWriter:
 
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        claim = Path(f"{self.prefix}.json.partial")
-        existing = [path for path in _files(self.prefix) if os.path.exists(path)]
-        if f"{self.prefix}.json" in existing or (existing and not claim.exists()):
-            raise UserError(f"{existing[0]}: exists and is never overwritten; move it away or choose another prefix")
-        claim.touch()
+        check_unused(self.prefix)
+        Path(f"{self.prefix}.json.partial").touch()
         self._bin = open(f"{self.prefix}.bin.partial", "wb")
         return self
 

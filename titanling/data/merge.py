@@ -2,11 +2,9 @@
 
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -21,14 +19,14 @@ from titanling.data.indexed import (
     write_sidecar,
 )
 from titanling.data.prepare.join import copy_documents
-from titanling.data.prepare.report import merge_reports, write_report
+from titanling.data.prepare.report import Report, merge_reports, read_report, write_report
 from titanling.errors import UserError
 
 SHARD = re.compile(r"-shard-(\d{5})-of-(\d{5})\.(?:json|empty)$")
 
 
 def shards_of(prefix: str) -> list[str]:
-    """Prefixes of the shards of `prefix` in order, all of them finished. Raises `UserError`."""
+    """Prefixes of the shards of `prefix` in order, all of them finished, with the same settings. Raises `UserError`."""
     found = {}
     for path in glob.glob(f"{glob.escape(prefix)}-shard-*"):
         if match := SHARD.search(path):
@@ -41,15 +39,23 @@ def shards_of(prefix: str) -> list[str]:
     missing = [str(number) for number in range(1, count + 1) if (number, count) not in found]
     if missing:
         raise UserError(f"{prefix}: shards {', '.join(missing)} of {count} are not finished; run them (again) first")
-    return [found[number, count] for number in range(1, count + 1)]
+    shards = [found[number, count] for number in range(1, count + 1)]
+    reports = {shard: read_report(shard) for shard in shards if _has_report(shard)}
+    for shard, report in reports.items():
+        first = next(iter(reports))
+        if report.get("settings") != reports[first].get("settings"):
+            raise UserError(
+                f"{shard}: was made with other filters or settings than {first}; make it again, or give the inputs"
+            )
+    return shards
 
 
 def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
     """Write `prefix`.bin/.idx/.json, the documents of the inputs (prefixes) one after another; lines of remarks beside.
 
     An input of which only PREFIX.empty exists adds nothing. The inputs' hashes are compared on the way. Reports
-    of shards are added up. Raises `UserError`: an input that is missing, damaged or of another tokenizer, files that
-    exist already; then nothing is written.
+    are added up if all have the same filters. Raises `UserError`: an input that is missing, damaged or of another
+    tokenizer, files that exist already; then nothing is written.
     """
     filled = [name for name in inputs if os.path.exists(f"{name}.json") or not os.path.exists(f"{name}.empty")]
     if not filled:
@@ -60,10 +66,12 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
         for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
             if getattr(sidecar, key) != getattr(first, key):
                 raise UserError(f"{name}.json: {key} is not that of {filled[0]}.json; prepare both with one tokenizer")
+    report, lines = _merge_reports(inputs)
     with IndexedWriter(prefix, first.vocab_size) as writer:
         for name, sidecar in zip(filled, sidecars, strict=True):
             _copy(writer, name, sidecar)
-    lines = _merge_reports(prefix, inputs)
+    if report is not None:
+        write_report(prefix, report)
     source = " ".join(dict.fromkeys(sidecar.source for sidecar in sidecars))
     size = sum(sidecar.utf8_bytes for sidecar in sidecars)
     merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source)
@@ -95,14 +103,22 @@ def _copy(writer: IndexedWriter, prefix: str, sidecar: Sidecar) -> None:
     copy_documents(writer, tokens, document_lengths(prefix))
 
 
-def _merge_reports(prefix: str, inputs: Sequence[str]) -> list[str]:
-    """Add up the reports of shards, if there are any; what is to be said about them."""
-    paths = [Path(f"{name}.report.json") for name in inputs]
-    if not all(path.exists() for path in paths):
-        return []
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    deduplicated = [name for name in reports[0]["filters"] if name.startswith("deduplicate")]
-    write_report(prefix, merge_reports(reports))
-    if not deduplicated or len(reports) < 2:
-        return []
-    return [f"{', '.join(deduplicated)}: each shard knew only its own documents; what two of them share is still there"]
+def _has_report(prefix: str) -> bool:
+    return os.path.exists(f"{prefix}.report.json")
+
+
+def _merge_reports(inputs: Sequence[str]) -> tuple[Report | None, list[str]]:
+    """The sum of the inputs' reports, if all have one and it means something; what is to be said about them."""
+    if not all(map(_has_report, inputs)):
+        return None, []
+    reports = [read_report(name) for name in inputs]
+    filters = list(dict.fromkeys(tuple(report["filters"]) for report in reports))
+    deduplicated = dict.fromkeys(kind for kinds in filters for kind in kinds if kind.startswith("deduplicate"))
+    lines = []
+    if deduplicated and len(reports) > 1:
+        names = ", ".join(deduplicated)
+        lines.append(f"{names}: each shard knew only its own documents; what two of them share is still there")
+    if len(filters) > 1:
+        names = "; ".join(", ".join(kinds) or "none" for kinds in filters)
+        return None, [*lines, f"no report is written: the inputs went through different filters ({names})"]
+    return merge_reports(reports), lines

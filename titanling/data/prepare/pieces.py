@@ -71,6 +71,8 @@ def _cut_parquet(file: TextFile, reading: Reading) -> Iterator[tuple[Span, int]]
             raise
         yield Span(file), file.bytes  # whoever reads it will count it as bad
         return
+    if not groups:
+        yield Span(file), 0
     start = size = 0
     for index, (_, its) in enumerate(groups):
         size += its

@@ -7,9 +7,7 @@ files that it is read from. So a part that is there is used, and one that no lon
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import xxhash
 
 from titanling.config.schema import Prepare
@@ -23,6 +21,8 @@ from titanling.data.prepare.worker import Job, Task, cut_into_stages
 
 # To be raised with every change that makes other parts of the same input.
 PARTS_VERSION = 1
+# Of a large packed file, which is one piece, all at once would take several times their memory to sort.
+BLOCK_HASHES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,25 @@ def new_job(settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, frac
     )
 
 
-def fingerprint(settings: Prepare, pieces: Sequence[Piece], files: TokenizerFiles, fraction: float) -> str:
-    """Of all that pieces have in common. Raises `UserError` for filters that cannot work."""
+def settings_hash(settings: Prepare, pieces: Sequence[Piece], fraction: float) -> str:
+    """Of what decides which documents are written, beside text and tokenizer: the same for all shards.
+
+    `pieces` are those of all shards. Raises `UserError` for filters that cannot work.
+    """
     outside = ""
     if settings.filters:
         from titanling.data.prepare.filters import check_filters
 
         outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
-    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "skip_bad", "language", "filters"})
-    return _hash(f"{PARTS_VERSION} {used} {outside} {files.sha256} {files.eod_id} {fraction}")
+    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "language", "filters"})
+    return _hash(f"{used} {outside} {fraction}")
+
+
+def fingerprint(settings: Prepare, settings_hash: str, files: TokenizerFiles) -> str:
+    """Of all that pieces have in common."""
+    # The backend too: who is told that one gives wrong ids sets another, and must not get the parts that it made.
+    used = settings.model_dump_json(include={"skip_bad", "backend"})
+    return _hash(f"{PARTS_VERSION} {settings_hash} {used} {files.sha256} {files.eod_id}")
 
 
 def make_all(
@@ -83,7 +93,7 @@ def make_all(
             advance(task.piece.bytes)
         made.parts.append(parts)
         if stage.hashed:
-            seen = made.seen[stage.hashed[0]] = SeenHashes(_rule(stage.hashed[1], job.language))
+            seen = made.seen[stage.hashed[0]] = SeenHashes()
             keys = [_hash(f"{its} {_decide(seen, part)}") for its, part in zip(keys, parts, strict=True)]
             before = parts
     return made
@@ -91,19 +101,15 @@ def make_all(
 
 def _decide(seen: SeenHashes, part: str) -> str:
     """Write which hashes of a part are new; a hash of that."""
-    hashes, counts = read_array(part, "hashes.bin", "<u8"), read_array(part, "hashes.lengths", "<i8")
-    new = seen.add(hashes, counts) if len(hashes) else np.empty(0, bool)
+    hashes, digest = read_array(part, "hashes.bin", "<u8"), xxhash.xxh3_128()
     partial = os.path.join(part, "new.partial")
     with open(partial, "wb") as file:
-        file.write(new.tobytes())
+        for start in range(0, len(hashes), BLOCK_HASHES):
+            new = seen.add(hashes[start : start + BLOCK_HASHES]).tobytes()
+            file.write(new)
+            digest.update(new)
     os.replace(partial, os.path.join(part, "new.bin"))
-    return xxhash.xxh3_128_hexdigest(new.tobytes())
-
-
-def _rule(setting: Any, language: str | None) -> Any:
-    from titanling.data.prepare.filters import open_hashes
-
-    return open_hashes(setting, language).rule
+    return digest.hexdigest()
 
 
 def _hash(text: str) -> str:

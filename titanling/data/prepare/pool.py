@@ -49,7 +49,7 @@ def _make_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterato
             connection, process = _start(job, max(1, cores() // workers))
             processes[connection] = process
             busy[connection] = next(waiting)
-            connection.send(busy[connection])
+            _send(connection, process, busy[connection])
         while busy:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
@@ -58,7 +58,7 @@ def _make_in_processes(job: Job, tasks: Sequence[Task], workers: int) -> Iterato
                 task = next(waiting, None)
                 if task is not None:
                     busy[connection] = task
-                    connection.send(task)
+                    _send(connection, processes[connection], task)
     finally:
         for process in processes.values():
             process.kill()
@@ -76,20 +76,32 @@ def _start(job: Job, threads: int) -> tuple[Connection, BaseProcess]:
     return ours, process
 
 
+def _send(connection: Connection, process: BaseProcess, task: Task) -> None:
+    """Give a worker a task."""
+    try:
+        connection.send(task)
+    except OSError:
+        raise _death(process, task) from None
+
+
 def _check(connection: Connection, process: BaseProcess, task: Task) -> None:
     """Raise what became of a task, unless it is done."""
     try:
         error = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
-        code = process.exitcode or 0
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        raise UserError(
-            f"a worker died ({how}) while it prepared {task.piece.spans[0].file.path}; if memory ran out, set fewer"
-            " data.prepare.workers (--workers); run again: finished parts are kept"
-        ) from None
+    except (EOFError, OSError):  # its end may come in the middle of an answer
+        raise _death(process, task) from None
     if error is not None:
         raise error
+
+
+def _death(process: BaseProcess, task: Task) -> UserError:
+    process.join()
+    code = process.exitcode or 0
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return UserError(
+        f"a worker died ({how}) while it prepared {task.piece.spans[0].file.path}; if memory ran out, set fewer"
+        " data.prepare.workers (--workers); run again: finished parts are kept"
+    )
 
 
 def _serve(connection: Connection, job: Job, threads: int) -> None:

@@ -74,7 +74,7 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
             if isinstance(text, Unreadable):
                 raise text
         except Unreadable as bad:
-            if not (reading.skip_bad or span.file.lenient):
+            if not _lenient(span, reading):
                 raise UserError(f"{bad}, or set data.prepare.skip_bad (--skip-bad) to leave such out") from None
             counts["bad"] += 1
             continue
@@ -86,6 +86,11 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
         counts["documents"] += 1
         counts["bytes"] += len(text.encode())
         yield text
+
+
+def _lenient(span: Span, reading: Reading) -> bool:
+    """Whether what is bad is left out."""
+    return reading.skip_bad or span.file.lenient
 
 
 def row_groups(path: str) -> list[tuple[int, int]]:
@@ -103,8 +108,8 @@ def row_groups(path: str) -> list[tuple[int, int]]:
 
 def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
     path = span.file.path
-    # JSON may need up to twice the bytes of a text that is not plain ASCII; further fields are of no such size.
-    limit = 2 * reading.max_document_bytes + (1 << 20)
+    # JSON may need six bytes for one of the text (\u0001); further fields are of no such size.
+    limit = 6 * reading.max_document_bytes + (1 << 20)
     with open_unpacked(path) as file:
         number, place = 0, span.start
         if place:
@@ -122,7 +127,8 @@ def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
                     raise Unreadable(f"a line of {length:,} bytes; {_longer(reading)}")
                 text = _field(line, reading)
             except Unreadable as bad:
-                at = number + _lines_before(path, span.start)
+                # What is left out is not shown: it need not be looked for in what comes before the span.
+                at = number + (0 if _lenient(span, reading) else _lines_before(path, span.start))
                 yield Unreadable(f"{path}:{at}: {bad}")
                 continue
             if text is not None:

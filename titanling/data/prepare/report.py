@@ -15,9 +15,9 @@ from titanling.data.prepare.pipeline import Made
 Report = dict[str, Any]
 
 
-def report_of(made: Made, filters: Sequence[str]) -> Report:
+def report_of(made: Made, filters: Sequence[str], settings_hash: str) -> Report:
     """What the parts counted, added up for each source; `filters` are the names of the kinds, in order."""
-    report: Report = {"filters": list(filters), "sources": {}, "seen": {}}
+    report: Report = {"settings": settings_hash, "filters": list(filters), "sources": {}, "seen": {}}
     for parts in made.parts:
         for piece, part in zip(made.pieces, parts, strict=True):
             _add(report["sources"].setdefault(piece.source, _empty(len(filters))), read_counts(part))
@@ -27,9 +27,11 @@ def report_of(made: Made, filters: Sequence[str]) -> Report:
 
 
 def merge_reports(reports: Iterable[Report]) -> Report:
-    """The sum of the reports of shards."""
+    """The sum of reports with the same kinds of filters."""
     first, *others = reports
     for other in others:
+        if other.get("settings") != first.get("settings"):
+            first["settings"] = None
         for name, counts in other["sources"].items():
             _add(first["sources"].setdefault(name, _empty(len(first["filters"]))), counts)
         for place, seen in other["seen"].items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from titanling.config.schema import Prepare
-from titanling.data.indexed import Sidecar, file_sha256, read_sidecar
+from titanling.data.indexed import Sidecar, check_unused, file_sha256, read_sidecar
 from titanling.data.prepare.parts import remove_parts
 from titanling.data.prepare.readers import Reading, Span, read_documents, reading_of
 from titanling.data.prepare.text import TextFile, find_files
@@ -18,6 +18,7 @@ from titanling.errors import UserError
 
 if TYPE_CHECKING:
     from titanling.data.prepare.pieces import Piece
+    from titanling.data.prepare.worker import Job
 
 # Byte-pair merges hardly change beyond this much text, and training time grows with it.
 TOKENIZER_BYTES = 32_000_000
@@ -63,8 +64,8 @@ def prepare(
     """Make the tokenizer and token files that do not exist yet; return lines that say what exists and what was made.
 
     `train` and `validation` are prefixes; without `validation` every document is training text. What exists is used
-    as it is and never overwritten. Safe to kill at any moment and to call from several processes: the next call
-    finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
+    as it is and never overwritten. Safe to kill at any moment and to call from several processes of one machine:
+    the next call finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
     A `shard` makes its share alone, in files of its own, with a tokenizer that exists; `data.merge` joins them.
     Unless the input is small or `settings.workers` is 1, processes are started, which import the main module.
     Raises `UserError`: no text, text that is bad, files of another tokenizer, disk full.
@@ -103,59 +104,62 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
     if not missing and has_tokenizer:
         remove_parts(f"{prefixes['training']}.parts")  # a run was killed behind its last step
         return lines
+    for prefix in missing.values():
+        check_unused(prefix)
+    # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
+    from titanling.data.prepare import pipeline
+    from titanling.data.prepare.pieces import cut_into_pieces
+
     fraction = settings.validation_fraction if "validation" in prefixes else 0.0
     files = find_files(settings.text)
+    pieces = cut_into_pieces(files, reading_of(settings))
+    settings_hash = pipeline.settings_hash(settings, pieces, fraction)
+    if shard is not None:
+        pieces = _share(pieces, shard)
     if not has_tokenizer:
         if shard is not None:
             raise UserError(f"{tokenizer_dir}: has no tokenizer.json, and no shard can train it; train it first")
         lines.append(_train(_sample(files, reading_of(settings), fraction), settings.vocab_size, tokenizer_dir))
-    return lines + _make(settings, files, missing, prefixes["training"], tokenizer_dir, fraction, shard)
+    job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction)
+    return lines + _make(settings, job, pieces, settings_hash, missing, prefixes["training"], shard is not None)
 
 
 def _make(
     settings: Prepare,
-    files: list[TextFile],
+    job: "Job",
+    pieces: "list[Piece]",
+    settings_hash: str,
     prefixes: dict[str, str],
     name: str,
-    tokenizer_dir: str,
-    fraction: float,
-    shard: Shard | None,
+    is_shard: bool,
 ) -> list[str]:
     """Make token files from parts in `name`.parts, which is removed when they are there, and `name`.report.json."""
-    # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
     from titanling.data.prepare import pipeline, report
     from titanling.data.prepare.join import join_parts
     from titanling.data.prepare.parts import read_counts
-    from titanling.data.prepare.pieces import cut_into_pieces
     from titanling.data.prepare.progress import show_progress
     from titanling.data.prepare.tokenizer import load_tokenizer
 
     start = time.monotonic()
-    pieces = cut_into_pieces(files, reading_of(settings))
-    if shard is not None:
-        pieces = _share(pieces, shard)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    key = pipeline.fingerprint(settings, pieces, tokenizer, fraction)
-    job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction)
+    tokenizer = load_tokenizer(job.tokenizer)
+    key = pipeline.fingerprint(settings, settings_hash, tokenizer)
     folder = f"{name}.parts"
     Path(folder).mkdir(exist_ok=True)
     with show_progress(len(job.stages) * sum(piece.bytes for piece in pieces)) as advance:
         made = pipeline.make_all(job, pieces, tokenizer, key, folder, advance)
-    found = report.report_of(made, [filter.kind for filter in settings.filters])
-    try:
-        if not report.read_total(found, "documents") and shard is None:
-            raise _no_text(files)
-        written = join_parts(
-            made.parts[-1],
-            prefixes,
-            tokenizer,
-            " ".join(settings.text),
-            lambda: report.write_report(name, found),
-            may_be_empty=shard is not None,
-        )
-    except UserError:
+    found = report.report_of(made, [filter.kind for filter in settings.filters], settings_hash)
+    documents = report.read_total(found, "documents")
+    if not documents and not is_shard:
         remove_parts(folder)  # they are of no use
-        raise
+        raise _no_text(pieces[0].spans[0].file)
+    written = join_parts(
+        made.parts[-1],
+        prefixes,
+        tokenizer,
+        " ".join(settings.text),
+        lambda: report.write_report(name, found),
+        may_be_empty=is_shard,
+    )
     notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
     remove_parts(folder)
     lines = [*sorted(notes)]
@@ -163,7 +167,6 @@ def _make(
     skipped = "".join(
         f", {number:,} skipped ({why})" for why in ("empty", "bad") if (number := report.read_total(found, why))
     )
-    documents = report.read_total(found, "documents")
     return [*lines, f"tokenised in {time.monotonic() - start:.1f} s: {documents:,} documents{skipped}"]
 
 
@@ -236,11 +239,11 @@ def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterato
             if taken >= due:
                 break
     if not read["documents"]:
-        raise _no_text(files)
+        raise _no_text(files[0])
 
 
-def _no_text(files: list[TextFile]) -> UserError:
-    return UserError(f"{files[0].path}: holds no text, nor does any other of data.prepare.text; give other files")
+def _no_text(first: TextFile) -> UserError:
+    return UserError(f"{first.path}: holds no text, nor does any other of data.prepare.text; give other files")
 
 
 def _describe(sidecar: Sidecar | None) -> str:
@@ -255,7 +258,7 @@ def _describe(sidecar: Sidecar | None) -> str:
 
 @contextmanager
 def _alone(folder: str) -> Iterator[None]:
-    """Let one process at a time prepare in `folder`. The lock dies with its process and leaves no file."""
+    """Let one process of a machine at a time prepare in `folder`. The lock dies with its process and leaves no file."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

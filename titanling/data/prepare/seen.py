@@ -1,7 +1,5 @@
 """Which hashes have occurred before: the one thing of a preparation that depends on the order of all documents."""
 
-from typing import Literal
-
 import numpy as np
 
 
@@ -12,8 +10,7 @@ class SeenHashes:
     merged; looking one up costs a binary search in each.
     """
 
-    def __init__(self, rule: Literal["each", "any"]) -> None:
-        self._rule = rule
+    def __init__(self) -> None:
         self._sorted: list[np.ndarray] = []
 
     def __len__(self) -> int:
@@ -24,23 +21,14 @@ class SeenHashes:
         """Memory of the set."""
         return 8 * len(self)
 
-    def add(self, hashes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Add the hashes (n,) uint64 of documents with `counts` (documents,) of them each; which of them are new.
-
-        "each": a hash is new that has not occurred before. "any": all hashes of a document are new, or none, if one
-        of them occurred in an earlier document. Returns (n,) bool.
-        """
-        values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add hashes (n,) uint64; which of them have not occurred before: (n,) bool."""
+        values, first = np.unique(hashes, return_index=True)
         known = self._contains(values)
         self._insert(values[~known])
-        if self._rule == "each":
-            new = np.zeros(len(hashes), bool)
-            new[first[~known]] = True
-            return new
-        document = np.repeat(np.arange(len(counts)), counts)
-        old = known[inverse] | (document[first][inverse] < document)
-        repeated = np.bincount(document, old, len(counts)) > 0
-        return ~np.repeat(repeated, counts)
+        new = np.zeros(len(hashes), bool)
+        new[first[~known]] = True
+        return new
 
     def _contains(self, values: np.ndarray) -> np.ndarray:
         found = np.zeros(len(values), bool)

@@ -1,6 +1,6 @@
 """Drops documents and paragraphs that came before. What came before is known to the caller, by 64-bit hashes."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -12,10 +12,10 @@ NO_HASHES = np.zeros(1, np.uint64)
 
 
 class HashFilter(Protocol):
-    """A filter in two halves: which hashes a document has, and what is kept when it is known which of them are new."""
+    """A filter in two halves: which hashes a document has, and what is kept when it is known which of them are new.
 
-    rule: Literal["each", "any"]
-    """new[i]: hash i has not come before, in this document or another. "any": none came in an earlier document."""
+    A hash is new that has not come before, in this document or another.
+    """
 
     def hashes(self, text: str) -> np.ndarray:
         """(n,) uint64, n ≥ 1."""
@@ -29,8 +29,6 @@ class HashFilter(Protocol):
 class DocumentHashes:
     """The text as a whole."""
 
-    rule: Literal["each", "any"] = "each"
-
     def hashes(self, text: str) -> np.ndarray:
         """(1,) uint64."""
         return np.array([xxh3_64_intdigest(text.encode())], np.uint64)
@@ -42,8 +40,6 @@ class DocumentHashes:
 
 class ParagraphHashes:
     """Each paragraph, without white space around it, that is long enough."""
-
-    rule: Literal["each", "any"] = "each"
 
     def __init__(self, settings: DeduplicateParagraphsFilter) -> None:
         self._separator = settings.separator
