@@ -22,6 +22,7 @@ from titanling.config import Config, load_config
 from titanling.config.arguments import parse_arguments
 from titanling.config.check import errors_name_the_file
 from titanling.config.schema import ActivationCheckpoint, Compile, Parallelism
+from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees
 from titanling.train import check
@@ -66,6 +67,11 @@ def main() -> int:
         parser.error("--steps must be 1 or more")
     loaded = load_config(arguments.config, parse_arguments(rest).overrides)
     with errors_name_the_file(loaded), ExitStack() as stack:
+        if loaded.config.data.streams:
+            raise UserError(
+                "data.sources: its sources are streamed: one process would read other sequences than the ranks of a"
+                " layout; compare it on token files (scripts/prepare_data.py makes them)"
+            )
         shape, degrees = check(loaded.config)
         shape = dataclasses.replace(shape, dropout=0.0)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="titanling-parity-"))

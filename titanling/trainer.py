@@ -260,7 +260,8 @@ class Trainer:
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
         sample = 0 if self.audit is None else self.text.loader.dataset.samples
-        read = [separate_documents(next(self.batches), self.eod_id) for _ in range(self.accumulation)]
+        micro_batches = self.text.read(self.batches, self.accumulation, self.world.gather)
+        read = [separate_documents(batch, self.eod_id) for batch in micro_batches]
         if self.audit is not None:
             self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])
         batches = list(map(self._to_device, read))

@@ -134,6 +134,10 @@ def test_its_data_sets_become_sources(tmp_path: Path) -> None:
     assert source.subset == "en"  # a copy of the repository
     (source,) = load_config(TOMLS / "debug_model.toml").config.data.sources
     assert (source.name, source.paths, source.subset) == ("c4_test", ("tests/assets/c4_test",), None)
+    loader = {"training.dataloader.num_workers": 3, "training.dataloader.pin_memory": True}
+    assert load_config(path, loader).config.data.workers == 3
+    assert load_config(path, loader | {"data.workers": 2}).config.data.workers == 2
+    assert load_config(path, loader | {"data.train": "data/mine/train"}).config.data.workers == 0
     for overrides in ({"data.train": "data/mine/train"}, {"training.dataset": None}):
         assert load_config(path, overrides).config.data.sources == ()
     other = tmp_path / "other.toml"

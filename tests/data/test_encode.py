@@ -163,7 +163,7 @@ def test_other_ids_are_never_written(files: TokenizerFiles, wrong: str) -> None:
     if wrong == "later":
         encoder(texts)
         assert encoder.backend == "gigatoken"
-        with pytest.raises(UserError, match='set data.prepare.backend = "tokenizers"'):
+        with pytest.raises(UserError, match='set data.prepare.backend = "tokenizers" and begin anew: what came'):
             encoder(["odd text"])
         return
     says = {"first": "gives other ids", "refuses": "cannot run this tokenizer \\(Unsupported pre_tokenizer\\)"}[wrong]

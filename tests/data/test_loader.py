@@ -4,7 +4,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from data_helpers import run_python, write_documents
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.loader import BatchStream, build_loader, validation_batches
+from titanling.data.loader import BatchStream, Prefetcher, build_loader, validation_batches
 from titanling.data.sources import WindowSource, count_windows
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
@@ -192,6 +192,23 @@ def test_what_the_thread_raises_reaches_the_trainer(counting: Counting) -> None:
     with pytest.raises(UserError, match="became shorter"):
         next(iterator)
     assert prefetch_threads() == 0
+
+
+def test_closing_does_not_wait_for_a_long_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanling.data.loader.STOP_SECONDS", 0.01)
+    reading, far = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        reading.set()
+        far.wait(20)
+        yield 1
+
+    prefetcher = Prefetcher(items())
+    assert reading.wait(20)
+    prefetcher.close()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "data-prefetch")
+    far.set()
+    thread.join()
 
 
 def test_interpreter_exits_while_batches_are_open(counting: Counting) -> None:

@@ -15,11 +15,12 @@ from helpers import VOCAB, TinyData, run_python, tiny_config
 
 from titanling.config import load_config
 from titanling.config.check import check_runnable
-from titanling.config.schema import Data, Source
+from titanling.config.schema import Data, Source, Training
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.stream_files import open_files
 from titanling.data.stream_loader import StreamLoader, build_stream_loader
 from titanling.data.streaming import Streams, check_streams, open_streams
+from titanling.data.training_text import open_training_text
 from titanling.errors import UserError
 
 SEQ_LEN = 16
@@ -215,7 +216,10 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no utf-8": ("x.jsonl", bad_line(b'{"text": "\xff"}'), r"x\.jsonl:5: not a line of JSON in UTF-8"),
     "no object": ("x.jsonl", bad_line(b"[]"), r'x\.jsonl:5: has no field "text"'),
     "no field": ("x.jsonl", bad_line(b'{"content": "a"}'), r'x\.jsonl:5: has no field "text"; set text_field'),
-    "no text": ("x.jsonl", bad_line(b'{"text": 5}'), r'x\.jsonl:5: "text" is not text'),
+    "no text": ("x.jsonl", bad_line(b'{"text": 5}'), r'x\.jsonl:5: "text" is of type int, not text'),
+    "null": ("x.jsonl", bad_line(b'{"text": null}'), r'x\.jsonl:5: "text" is null, not text'),
+    "half a pair": ("x.jsonl", bad_line(rb'{"text": "a\ud800"}'), r'x\.jsonl:5: "text": half a surrogate pair at char'),
+    "a null in hf": ("x.hf.jsonl", bad_line(b'{"text": null}'), r'"x": .*, file 1, row 5: "text" is null, not text'),
     "no parquet": ("x.parquet", lambda path: None, r"x\.parquet: damaged"),
     "only empty texts": (
         "x.jsonl",
@@ -235,14 +239,19 @@ def error_of(reading: StreamLoader) -> str:
 
 
 @pytest.mark.parametrize(("case", "workers"), [*((case, 0) for case in BAD_FILES), ("no json", 1), ("truncated gz", 1)])
-def test_bad_files(tmp_path: Path, tiny_data: TinyData, case: str, workers: int) -> None:
+def test_bad_files(
+    tmp_path: Path, tiny_data: TinyData, request: pytest.FixtureRequest, case: str, workers: int
+) -> None:
     name, change, says = BAD_FILES[case]
     write_jsonl(tmp_path / name, documents(40))
     change(tmp_path / name)
-    kind = "parquet" if name.endswith("parquet") else "jsonl"
+    kind, path = "parquet" if name.endswith("parquet") else "jsonl", str(tmp_path / name)
     if name.endswith((".zst", ".parquet")):
         pytest.importorskip("pyarrow")
-    said = error_of(loader(streams(tiny_data, source(str(tmp_path / name), kind=kind), workers=workers)))
+    if ".hf." in name:
+        request.getfixturevalue("hub")
+        kind, path = "hf", str(tmp_path)
+    said = error_of(loader(streams(tiny_data, source(path, kind=kind), workers=workers)))
     assert re.search(says, said) and len(said.splitlines()) == 1, said
 
 
@@ -264,19 +273,42 @@ def test_compressed_and_other_fields(tmp_path: Path, tiny_data: TinyData) -> Non
     assert list(read(0, 9, 2, 4)) == [row for row in enumerate(texts) if row[0] >= 9 and row[0] % 4 == 2]
 
 
-def test_checks_before_a_run(tmp_path: Path, tiny_data: TinyData, hub: None) -> None:
+def test_checks_before_a_run(tmp_path: Path, tiny_data: TinyData, hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", documents(4), field="body")
 
-    def refused(says: str, vocab_size: int = VOCAB, **settings: Any) -> None:
-        data = Data(sources=(source(**({"paths": (path,), "name": "x"} | settings)),))  # type: ignore[arg-type]
+    def refused(says: str, vocab_size: int = VOCAB, workers: int = 0, **settings: Any) -> None:
+        only = source(**({"paths": (path,), "name": "x"} | settings))  # type: ignore[arg-type]
+        data = Data(sources=(only,), workers=workers)
         with pytest.raises(UserError, match=says):
             check_streams(data, tiny_data.tokenizer, vocab_size, SEQ_LEN, 0, 4)
 
     refused(r'x\.jsonl:1: has no field "text"')
     refused(r'"x": .*none\.jsonl is no file, nor a glob of any', paths=(str(tmp_path / "none.jsonl"),))
     refused(r"tokenizer.json: token ids reach 319, .* set model.vocab_size to 320", text_field="body", vocab_size=300)
+    with monkeypatch.context() as no_fork:
+        no_fork.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+        refused(r"data.workers = 2: processes cannot fork on this system", text_field="body", workers=2)
     refused(r'has no column "text" but body, id', kind="hf", paths=(str(tmp_path),))
+    refused(r'file 1, row 1: "id" is of type int, not text', kind="hf", paths=(str(tmp_path),), text_field="id")
     refused(r'datasets cannot stream split "other"', kind="hf", paths=(str(tmp_path),), split="other")
+
+
+def test_what_is_wrong_with_one_rank_ends_all(tmp_path: Path, tiny_data: TinyData) -> None:
+    paths = [write_jsonl(tmp_path / f"{file}.jsonl", documents(40)) for file in range(2)]
+    bad_line(b"{")(Path(paths[1]))
+    data, training = Data(sources=(source(*paths),), shuffle_buffer=4), Training(seq_len=SEQ_LEN, local_batch_size=2)
+    said: list[str | None] = []
+
+    def gather(own: str | None) -> list[str | None]:
+        said.append(own)
+        return list(said)
+
+    for rank in (1, 0):  # each reads a file
+        text = open_training_text(data, training, 3, 4, tiny_data.tokenizer, print, rank, 2)
+        with pytest.raises(UserError, match=r"1\.jsonl:5: not a line of JSON"):
+            text.read(iter(text.loader), 20, gather)
+    assert [own is None for own in said] == [False, True]
+    assert len(text.read(iter(text.loader), 20, lambda own: [own])) == 20
 
 
 STREAM = {"name": "x", "kind": "jsonl", "paths": ["x.jsonl"], "weight": 1.0}
@@ -315,6 +347,16 @@ def test_looking_into_it_is_refused(tmp_path: Path, tiny_data: TinyData, script:
     path = tiny_config(tmp_path, tiny_data, {"data.train": None, "data.sources": [STREAM]})
     run = run_python(f"scripts/{script[0]}", "--config", path, *script[1:])
     assert run.returncode == 2 and "streamed" in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+def test_parity_is_refused(tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanling import parity
+
+    path = write_jsonl(tmp_path / "x.jsonl", documents(9))
+    config = tiny_config(tmp_path, tiny_data, {"data.train": None, "data.sources": [STREAM | {"paths": [path]}]})
+    monkeypatch.setattr("sys.argv", ["parity.py", "--config", str(config)])
+    with pytest.raises(UserError, match=r"toml: data\.sources: its sources are streamed: one process would"):
+        parity.main()
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Path, tiny_data: TinyData) -> None:

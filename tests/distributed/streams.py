@@ -47,6 +47,14 @@ def main(folder: Path, data: TinyData) -> None:
         step = trainer.step
         trainer.train()
         resumed = differing(straight, live_tensors(trainer))
+    bad = {"data.sources": [{"name": "x", "kind": "jsonl", "paths": [str(folder / "bad/*.jsonl")], "weight": 1.0}]}
+    try:
+        with suite.trainer(settings, bad, {"data.workers": 0}, run="bad") as trainer:
+            trainer.train()
+        error = ""
+    except UserError as one:
+        error = str(one)
+    (folder / f"error-{RANK}.txt").write_text(error, encoding="utf-8")
     if RANK == 0:
         result = {"resumed": resumed, "step": step, "refused": refused, "seen": seen}
         (folder / "results.json").write_text(json.dumps(result), encoding="utf-8")

@@ -45,8 +45,8 @@ def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
         origins[without_places(dotted)] = COMMAND_LINE
-    refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
     stream_data_set(tree, lambda key: _origin(origins, key, str(path)))
+    refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
     try:
         return LoadedConfig(Config.model_validate(tree), origins, str(path))
     except ValidationError as error:

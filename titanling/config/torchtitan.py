@@ -22,7 +22,7 @@ NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "profiling.profiler_active": (1,),
     "profiling.profiler_warmup": (1, 3),
     "training.gc_debug": (False,),
-    "training.dataloader": (...,),  # pre-tokenised data needs no workers
+    "training.dataloader": (...,),  # but see stream_data_set
     "validation.dataloader": (...,),
     "parallelism.module_fqns_per_model_part": (),
     "parallelism.pipeline_parallel_schedule_csv": ("",),
@@ -101,8 +101,9 @@ def refuse_or_drop(tree: dict[str, Any], origin: Callable[[str], str]) -> None:
 
 
 def stream_data_set(tree: dict[str, Any], origin: Callable[[str], str]) -> None:
-    """Give `tree` a source for training.dataset, unless its [data] names text already.
+    """Give `tree` a source for training.dataset, and workers, unless its [data] names text already.
 
+    Call it before `refuse_or_drop`, which drops training.dataloader: pre-tokenised data needs no workers.
     Raises UserError for a data set that is not known.
     """
     training, data = tree.get("training"), tree.setdefault("data", {})
@@ -121,3 +122,6 @@ def stream_data_set(tree: dict[str, Any], origin: Callable[[str], str]) -> None:
     if subset is not None and not (os.path.isdir(path) and not os.path.isfile(os.path.join(path, "README.md"))):
         source["subset"] = subset
     data["sources"] = [source]
+    dataloader = training.get("dataloader")
+    if isinstance(dataloader, dict) and "num_workers" in dataloader:
+        data.setdefault("workers", dataloader["num_workers"])

@@ -27,6 +27,7 @@ PREFETCH = 2
 # cost per call.
 READ_ROWS = 64
 READ_TOKENS = 1 << 17
+STOP_SECONDS = 5.0
 
 
 class BatchStream(IterableDataset):
@@ -176,7 +177,7 @@ class Prefetcher:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """Stop the thread and wait for its end."""
+        """Stop the thread and wait for its end, but not for long: what it reads may be minutes away."""
         self._finalizer()
 
 
@@ -192,4 +193,4 @@ def _produce(items: Iterator, wanted: "queue.SimpleQueue[bool]", ready: queue.Si
 def _stop(thread: threading.Thread, wanted: "queue.SimpleQueue[bool]") -> None:
     wanted.put(False)
     if thread is not threading.current_thread():  # garbage collection may run this in the thread itself
-        thread.join()
+        thread.join(STOP_SECONDS)

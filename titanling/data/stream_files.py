@@ -61,9 +61,7 @@ class LocalFiles:
         rows = _parquet_rows if self._source.kind == "parquet" else _jsonl_rows
         try:
             for row, text in rows(path, field, first, part, parts):
-                if not isinstance(text, str):
-                    raise UserError(f'{path}:{row + 1}: "{field}" is not text; correct the row, or text_field')
-                if text:
+                if _checked(text, f"{path}:{row + 1}", field):
                     yield row, text
         except Unreadable as error:
             raise UserError(str(error)) from None
@@ -77,6 +75,20 @@ class LocalFiles:
         files = [(os.path.basename(path), os.path.getsize(path)) for path in self.paths]
         names = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         return {"files": len(files), "names_and_sizes_sha256": names, "text_field": self._source.text_field}
+
+
+def _checked(text: Any, place: str, field: str) -> str:
+    """A row's text, if it is one and can be tokenised."""
+    if not isinstance(text, str):
+        found = "null" if text is None else f"of type {type(text).__name__}"
+        raise UserError(f'{place}: "{field}" is {found}, not text; correct the row, or text_field of its source')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f'{place}: "{field}": half a surrogate pair at character {error.start} is no Unicode; correct the text'
+        ) from None
+    return text
 
 
 def _find(root: str | None, name: str, path: str) -> list[str]:
@@ -99,7 +111,7 @@ def _jsonl_rows(path: str, field: str, first: int, part: int, parts: int) -> Ite
 def _field(path: str, row: int, field: str, line: bytes) -> Any:
     try:
         document = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{path}:{row + 1}: not a line of JSON in UTF-8 ({error}); correct or remove it") from None
     if not isinstance(document, dict) or field not in document:
         raise UserError(f'{path}:{row + 1}: has no field "{field}"; set text_field of its source, or correct the line')
@@ -152,13 +164,16 @@ class HubFiles:
     def read(self, file: int, first: int, part: int, parts: int) -> Iterator[Row]:
         """See `TextFiles`."""
         field, row = self._source.text_field, first
+        place = f'data.sources: "{self._source.name}": {self._path}, file {file + 1}'
         try:
             # iter, for __iter__ would divide a worker's shard once more among all workers.
             for batch in self._dataset.shard(len(self), file).skip(first).iter(HF_ROWS):
                 for text in batch[field]:
-                    if row % parts == part and text:
+                    if row % parts == part and _checked(text, f"{place}, row {row + 1}", field):
                         yield row, text
                     row += 1
+        except UserError:
+            raise
         except Exception as error:
             raise self._unreadable(error) from None
 

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.loader import Batch, Prefetcher
 from titanling.data.sources import MUCH, whole_batch
-from titanling.data.streaming import Place, Streams
+from titanling.data.streaming import FORK, Place, Streams
 from titanling.errors import UserError
 from titanling.stop import GRACEFUL
 
@@ -107,6 +107,7 @@ class StreamLoader:
                 collate_fn=_as_it_is,
                 worker_init_fn=_begin_worker if workers else None,
                 prefetch_factor=AHEAD if workers else None,
+                multiprocessing_context=FORK if workers else None,
             )
 
     def __iter__(self) -> Iterator[Batch]:

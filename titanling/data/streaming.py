@@ -6,6 +6,7 @@ documents in blocks of `shuffle_buffer`, each in an order of its own, and its to
 stands is five numbers, from which the same windows follow again.
 """
 
+import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -25,6 +26,8 @@ from titanling.errors import UserError
 
 CHUNK = 64
 """Documents that are tokenised together."""
+FORK = "fork"
+"""How workers begin: streams cannot be sent to a new process, and a worker must be a child of its rank."""
 
 
 class Place(NamedTuple):
@@ -233,7 +236,12 @@ def open_streams(data: Data, tokenizer: str, seq_len: int, seed: int, sequences:
 
 
 def check_streams(data: Data, tokenizer: str, vocab_size: int, seq_len: int, seed: int, sequences: int) -> None:
-    """Raise UserError for what `open_streams` raises, a first document without text, and ids beyond the vocabulary."""
+    """Raise UserError for what `open_streams` raises, a first document without text, and ids beyond the vocabulary.
+
+    And for workers where processes cannot fork.
+    """
+    if data.workers and FORK not in multiprocessing.get_all_start_methods():
+        raise UserError(f"data.workers = {data.workers}: processes cannot fork on this system; set it to 0, a thread")
     streams = open_streams(data, tokenizer, seq_len, seed, sequences)
     if streams.tokenizer.vocab_size > vocab_size:
         raise UserError(

@@ -1,14 +1,16 @@
 """What a run trains on, opened on one of its ranks: token files, or text that is streamed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from titanling.config.schema import Data, Training
-from titanling.data.loader import build_loader
+from titanling.data.loader import Batch, build_loader
 from titanling.data.sources import MixedSource, check_epochs, describe, identity, open_sources
 from titanling.data.stream_loader import build_stream_loader
 from titanling.data.streaming import open_streams
 from titanling.data.token_files import facts
+from titanling.errors import UserError
 
 
 class TrainingText(NamedTuple):
@@ -24,6 +26,26 @@ class TrainingText(NamedTuple):
     """Of the token that ends a document."""
     lines: list[str]
     """What the run says of it when it starts."""
+
+    def read(
+        self, batches: Iterator[Batch], count: int, gather: Callable[[str | None], list[str | None]]
+    ) -> list[Batch]:
+        """The next `count` of an iterator over `loader`. All ranks together.
+
+        What is wrong with one rank's stream is a UserError on every rank: the others would wait for it in a collective.
+        """
+        if self.source is not None:
+            return list(islice(batches, count))
+        found: list[Batch] = []
+        wrong: str | None = None
+        try:
+            found = list(islice(batches, count))
+        except UserError as error:
+            wrong = str(error)
+        for said in gather(wrong):
+            if said is not None:
+                raise UserError(said)
+        return found
 
     def state(self, gather: Callable[[Any], list[Any]], dp_rank: int) -> dict[str, Any]:
         """Where the run stands: of token files the same on every rank, of streams each data-parallel rank's own."""

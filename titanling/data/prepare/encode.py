@@ -64,7 +64,7 @@ class Encoder:
         elif self._chosen is not self._reference and not self._agrees(self._chosen, texts, LATER_PIECES):
             raise UserError(
                 "gigatoken and tokenizers give different ids for some of this text, though not for its beginning;"
-                ' set data.prepare.backend = "tokenizers" and run again (nothing was written)'
+                ' set data.prepare.backend = "tokenizers" and begin anew: what came before may be wrong too'
             )
         return self._chosen, self._chosen.encode(list(texts))
 
