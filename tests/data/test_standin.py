@@ -1,5 +1,6 @@
 """The stand-in for the data of train_configs/, and each of these configs over it, scaled down, as docs/data.md says."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,3 +158,12 @@ def test_a_config_runs_here(standin: Path, tmp_path: Path, name: str) -> None:
         assert "  hq-fi    0.10 % →  1.20 %" in done.stdout, shares
     if name == "custom_300m":
         assert all(row["loss_scale"] >= 1 for row in rows if "loss" in row)
+
+
+def test_damaged_files_of_the_machine_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(" ".join(map(str, range(9999))).encode())
+    (tmp_path / "doc").mkdir()
+    (tmp_path / "doc" / "README.gz").write_bytes(packed[:500] + bytes(100) + packed[600:])
+    (tmp_path / "doc" / "README.md").write_text("good")
+    monkeypatch.setattr(found_text, "SHARE", tmp_path)
+    assert list(found_text.documentation()) == ["good"]
