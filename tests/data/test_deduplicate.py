@@ -154,20 +154,3 @@ def test_jobs_of_slurm_are_submitted_one_after_another(
         assert ("--dependency=afterok:" + previous in head) if previous else ("--dependency" not in head)
         previous = str(1001 + scripts.index(text))
     assert not output.exists()
-
-
-@pytest.mark.slow
-def test_the_jobs_of_slurm_do_the_work(raw: Path, tmp_path: Path, cluster: tuple[Path, dict[str, str]]) -> None:
-    jobs, environment = cluster
-    output = tmp_path / "clean"
-    assert run(raw, output, *SLURM, env=environment).returncode == 0
-    script = tmp_path / "job.sh"
-    for path in sorted(jobs.iterdir()):
-        _, _, text = path.read_text().partition("\n")
-        script.write_text(text)
-        tasks = int(text.partition("--array=0-")[2].partition("%")[0].partition("\n")[0]) + 1
-        for task in range(tasks if "launch_pickled_pipeline" in text else 0):
-            job = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "localhost", "RUN_OFFSET": "0"}
-            done = subprocess.run(["bash", script], env=environment | job, cwd="/", capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    assert texts(output) == [*map(story, range(20)), "two words"]
