@@ -12,7 +12,7 @@ from typing import Any
 from titanling.config.schema import Prepare
 from titanling.data.prepare import pipeline  # noqa: F401 (imported in time)
 from titanling.data.prepare.run import prepare
-from titanling.data.prepare.tokenise import BATCH_CHARACTERS
+from titanling.data.prepare.tokenise import BATCH_CHARACTERS, batches
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 
 WAYS = ("gigatoken", "tokenizers", "gigatoken alone", "gigatoken's reader", "tokenizers alone")
@@ -37,7 +37,8 @@ def main() -> None:
     else:
         encode = alone(arguments.way, files)
         start = time.perf_counter()
-        for batch in [arguments.jsonl] if arguments.way == "gigatoken's reader" else batches(arguments.jsonl):
+        whole = arguments.way == "gigatoken's reader"
+        for batch in [arguments.jsonl] if whole else batches(texts(arguments.jsonl), BATCH_CHARACTERS):
             encode(batch)
     seconds = time.perf_counter() - start
     names = ("tokenizers", "numpy", *(["gigatoken"] if "gigatoken" in arguments.way else []))
@@ -62,20 +63,6 @@ def texts(jsonl: str) -> Iterator[str]:
     with open(jsonl, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
-
-
-def batches(jsonl: str) -> Iterator[list[str]]:
-    """The documents in batches of the size that titanling encodes at once."""
-    batch: list[str] = []
-    size = 0
-    for text in texts(jsonl):
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 if __name__ == "__main__":  # also for the workers of titanling

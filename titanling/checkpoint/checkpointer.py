@@ -58,7 +58,7 @@ class Checkpointer:
 
     def has(self, step: int) -> bool:
         """Whether there is a whole checkpoint of `step`, in the eyes of rank 0."""
-        return step in self.world.gather(folder.list_steps(self.root))[0]
+        return step in self._steps()
 
     def save(
         self,
@@ -161,9 +161,14 @@ class Checkpointer:
             damaged.append(path)
         return None
 
+    def _steps(self) -> list[int]:
+        """Steps of whole checkpoints in the eyes of rank 0, for on a network file system each node has its own view."""
+        steps = folder.list_steps(self.root) if self.world.rank == 0 else []
+        return self.world.gather(steps)[0]
+
     def _candidates(self) -> list[Path]:
-        """Checkpoints to try, the newest first; rank 0's view, for on a network file system each node has its own."""
-        steps, wanted = self.world.gather(folder.list_steps(self.root))[0], self.settings.load_step
+        """Checkpoints to try, the newest first."""
+        steps, wanted = self._steps(), self.settings.load_step
         if not self.settings.enable:
             if steps:
                 raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from titanling.config.schema import Data, Source
-from titanling.data.unpack import Unreadable, import_arrow, open_parquet, open_unpacked
+from titanling.data.unpack import Unreadable, import_arrow, open_parquet, open_unpacked, utf8_bytes
 from titanling.errors import UserError
 
 Row = tuple[int, str]
@@ -83,11 +83,9 @@ def _checked(text: Any, place: str, field: str) -> str:
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise UserError(f'{place}: "{field}" is {found}, not text; correct the row, or text_field of its source')
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f'{place}: "{field}": half a surrogate pair at character {error.start} is no Unicode; correct the text'
-        ) from None
+        utf8_bytes(text)
+    except Unreadable as error:
+        raise UserError(f'{place}: "{field}": {error}') from None
     return text
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from titanling.config.schema import Data
-from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar
+from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, read_sidecar
 from titanling.data.raw import SUFFIXES, NumpyTokens, RawTokens, open_tokens
 from titanling.errors import UserError
 
@@ -62,11 +62,15 @@ def open_files(prefix: str, data: Data) -> Tokens:
 def facts(prefix: str, data: Data) -> Facts:
     """What is known of token files. Raises UserError as `open_files`, or for a malformed sidecar."""
     if not is_foreign(prefix):
-        known = read_sidecar(prefix)
-        return Facts(known.tokens, known.eod_id, known.tokenizer_sha256, known.utf8_bytes, known.unigram_entropy)
+        return _known(read_sidecar(prefix))
     dataset = open_files(prefix, data)
     dataset.close()
     return Facts(dataset.num_tokens, _eod_id(prefix, data))
+
+
+def _known(sidecar: Sidecar) -> Facts:
+    tokenizer, utf8_bytes, entropy = sidecar.tokenizer_sha256, sidecar.utf8_bytes, sidecar.unigram_entropy
+    return Facts(sidecar.tokens, sidecar.eod_id, tokenizer, utf8_bytes, entropy)
 
 
 def check_files(prefix: str, data: Data, vocab_size: int, tokenizer_sha256: str | None) -> Facts:
@@ -76,9 +80,9 @@ def check_files(prefix: str, data: Data, vocab_size: int, tokenizer_sha256: str 
     """
     if is_foreign(prefix):
         _check_foreign(prefix, data, vocab_size)
+        found = facts(prefix, data)
     else:
-        check_dataset(prefix, vocab_size, tokenizer_sha256)
-    found = facts(prefix, data)
+        found = _known(check_dataset(prefix, vocab_size, tokenizer_sha256))
     if data.eod_id not in (None, found.eod_id):
         raise UserError(
             f"data.eod_id = {data.eod_id}: {prefix}.json says that {found.eod_id} ends its documents; all files of"

@@ -55,6 +55,14 @@ def open_parquet(path: str) -> Iterator[Any]:
         raise Unreadable(f"{path}: damaged ({' '.join(str(error).split())[:200]}); fetch or write it again") from None
 
 
+def utf8_bytes(text: str) -> int:
+    """Length of a text in UTF-8. Raises Unreadable if it cannot be written in it."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise Unreadable(f"half a surrogate pair at character {error.start} is no Unicode; correct the text") from None
+
+
 def import_arrow(path: str) -> Any:
     """pyarrow. Raises UserError if it is not installed, which `path` needs."""
     try:

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from titanling.config.schema import Prepare
 from titanling.data.prepare.text import TextFile
-from titanling.data.unpack import Unreadable, open_parquet, open_unpacked
+from titanling.data.unpack import Unreadable, open_parquet, open_unpacked, utf8_bytes
 from titanling.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
@@ -224,10 +224,7 @@ def _checked(value: Any, reading: Reading) -> str:
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise Unreadable(f'"{reading.text_field}" is {found}, not a string; correct it')
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise Unreadable(f"half a surrogate pair at character {error.start} is no Unicode; correct the text") from None
+    size = utf8_bytes(value)
     if size > reading.max_document_bytes:
         raise Unreadable(f"a document of {size:,} bytes; {_longer(reading)}")
     return value

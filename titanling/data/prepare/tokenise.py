@@ -27,7 +27,7 @@ def encode_ahead(documents: Iterable[str], encode: Encoder, workers: int = 1) ->
     """
     with ThreadPoolExecutor(1) as thread:
         waiting = None
-        for batch in _batches(documents, max(BATCH_CHARACTERS // workers, min(BATCH_CHARACTERS, LEAST_CHARACTERS))):
+        for batch in batches(documents, max(BATCH_CHARACTERS // workers, min(BATCH_CHARACTERS, LEAST_CHARACTERS))):
             encoding = thread.submit(encode.encode, batch)
             if waiting:
                 yield waiting[0], encode.close(*waiting[1].result())
@@ -43,7 +43,8 @@ def choose(documents: Encoded, chosen: np.ndarray) -> Encoded:
     return Encoded(documents.ids[np.repeat(chosen, documents.lengths)], documents.lengths[chosen])
 
 
-def _batches(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+def batches(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Consecutive documents, together as soon as they have so many characters."""
     batch: list[str] = []
     size = 0
     for text in documents:
