@@ -273,3 +273,13 @@ def test_dropout_rate_and_places() -> None:
         dropped = ratio == 0
         assert 0.08 < dropped.double().mean() < 0.12
         assert torch.allclose(ratio[~dropped], torch.tensor(1 / 0.9), rtol=1e-5)
+
+
+def test_a_block_compiled_for_any_length_is_causal() -> None:
+    shape = SHAPES["head_dim"]
+    model, ids = random_model(shape), random_ids(shape, 2, 12)
+    expected = model(ids)
+    for block in model.model.layers.values():
+        block.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 12, 1):
+        assert torch.allclose(model(ids[:, :length]), expected[:, :length], atol=1e-5)

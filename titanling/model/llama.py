@@ -120,7 +120,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) ->
     """
     if mask is not None:
         return attend_documents(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=q.size(1) != k.size(1))
+    # Not the comparison itself: compiled for sequences of any length, it is a SymBool, which the function refuses.
+    causal = True if q.size(2) > 1 else False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
 class Attention(nn.Module):
