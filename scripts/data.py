@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     inspect.add_argument("prefix")
     what = inspect.add_mutually_exclusive_group(required=True)
     what.add_argument("--document", type=int, metavar="D", help="a document, from 0")
+    what.add_argument("--id", metavar="ID", help="a document by its name, kept by data.prepare.id_field")
     what.add_argument("--sample", type=int, metavar="I", help="a window of the file in its own order, from 0")
     inspect.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sample")
     inspect.add_argument("--tokenizer", help="its folder (default: tokenizer, beside the files)")
@@ -59,13 +60,17 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    from titanling.data.ids import has_ids, read_ids
     from titanling.data.indexed import read_sidecar
     from titanling.data.inspect import document_ids, sample_ids, tokenizer_beside
     from titanling.data.prepare.tokenizer import read_tokenizer, tokenizer_sha256
 
     prefix = arguments.prefix
-    if arguments.document is not None:
-        ids, what = document_ids(prefix, arguments.document), f"document {arguments.document}"
+    if arguments.sample is None:
+        document = arguments.document if arguments.id is None else _document_named(prefix, arguments.id)
+        ids, what = document_ids(prefix, document), f"document {document}"
+        if has_ids(prefix):
+            what += f" ({read_ids(prefix, [document])[0]})"
     else:
         if arguments.seq_len is None or arguments.seq_len < 1:
             raise UserError("--sample needs --seq-len, the number of its tokens (training.seq_len)")
@@ -75,10 +80,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
     tokenizer = read_tokenizer(folder)
     if tokenizer_sha256(folder) != read_sidecar(prefix).tokenizer_sha256:
         raise UserError(f"{folder}: is not the tokenizer of {prefix}; give that with --tokenizer")
-    print(f"{prefix}: {what}, {len(ids):,} tokens")
+    print(cli.escape_controls(f"{prefix}: {what}, {len(ids):,} tokens"))
     print(*ids.tolist())
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     print(cli.escape_controls(text))
+
+
+def _document_named(prefix: str, id: str) -> int:
+    """The one document of a name; the first, if there are several, and says so."""
+    from titanling.data.ids import find_id, has_ids, ids_path
+
+    if not has_ids(prefix):
+        raise UserError(f"{ids_path(prefix)}: no such file; prepare with data.prepare.id_field, or give --document")
+    found = find_id(prefix, id)
+    if not found:
+        raise UserError(f"--id {id}: no document of {prefix} has this name")
+    if len(found) > 1:
+        print(cli.escape_controls(f"{id}: the name of {len(found)} documents ({', '.join(map(str, found[:20]))})"))
+    return found[0]
 
 
 def _verify(arguments: argparse.Namespace) -> None:

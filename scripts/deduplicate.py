@@ -14,7 +14,8 @@ on a cluster, from a login node, with paths that the nodes see too:
   python scripts/deduplicate.py --input 'raw/*.jsonl.gz' --output clean/ --slurm --partition small --time 08:00:00 \\
       --sbatch account=project_1
 
-Each file of --input becomes one of --output, JSON lines with the text alone. Needs: pip install 'titanling[datatrove]'
+Each file of --input becomes one of --output, JSON lines with the text and, with --id-field, the name.
+Needs: pip install 'titanling[datatrove]'
 """
 
 
@@ -27,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--input", nargs="+", required=True, help="files, folders or globs, as prepare_data.py --text")
     add("--output", required=True, help="folder to write; it appears when all is done")
     add("--text-field", default="text", help="key or column that holds the text (default: text)")
+    add("--id-field", help="key or column of the documents' names, kept beside the text")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
     add("--n-grams", type=int, default=5, help="words of an n-gram (default: 5)")
     add("--buckets", type=int, default=14, help="groups of hashes; more find more (default: 14)")
@@ -66,7 +68,7 @@ def main() -> None:
         files = find_files(arguments.input)
     except UserError as error:  # it names the key of the config
         raise UserError(str(error).replace("data.prepare.text", "--input")) from None
-    reading = Reading(text_field=arguments.text_field, skip_bad=arguments.skip_bad)
+    reading = Reading(arguments.text_field, arguments.id_field, skip_bad=arguments.skip_bad)
     settings = MinHash(arguments.n_grams, arguments.buckets, arguments.hashes, arguments.seed)
     output = arguments.output.rstrip("/")
     if arguments.slurm:

@@ -44,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vocab-size", type=int, help="size of a new tokenizer (default: 8192)")
     add("--validation-fraction", type=float, help="share of the documents kept aside (default: 0.01)")
     add("--text-field", help="JSON lines, Parquet: key or column of the text (default: text)")
+    add("--id-field", help="JSON lines, Parquet: key or column of the documents' names, kept in .ids.jsonl")
     add("--max-document-bytes", type=int, help="refuse longer ones (default: 100,000,000)")
     add("--skip-bad", action="store_true", default=None, help="count what cannot be used instead of refusing it")
     add("--workers", type=int, help="processes (default: one for each core, if there is work for all)")

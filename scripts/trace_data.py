@@ -10,10 +10,12 @@ from titanling.errors import UserError
 
 if TYPE_CHECKING:
     from titanling.data.sources import MixedSource
+    from titanling.data.trace import Piece
 
 EXAMPLE = """examples:
   python scripts/trace_data.py --config outputs/mine/config.toml --step 1000
   python scripts/trace_data.py --config outputs/mine/config.toml --document web-fi:1234
+  python scripts/trace_data.py --config outputs/mine/config.toml --id web-fi:https://example.org/
 
 The config.toml in a run's folder is that of the run; --table.key value overrides keys as for training. Without
 training.global_batch_size, say with --world-size how many processes the run has.
@@ -29,6 +31,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--step", type=int, metavar="N", help="list the documents of every sequence of step N (from 1)")
     what.add_argument("--document", metavar="SOURCE:N", help="list the steps that read document N (from 0) of a source")
+    what.add_argument("--id", metavar="SOURCE:ID", help="the same, by the name that data.prepare.id_field has kept")
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="processes of the run (default 1)")
     parser.add_argument("--text", action="store_true", help="with --step: the text too (needs model.hf_assets_path)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
@@ -42,6 +45,14 @@ def main() -> None:
         if arguments.text and tokenizer is None:
             raise UserError("--text needs a tokenizer: set model.hf_assets_path, or --model.hf_assets_path FOLDER")
         print_step(source, arguments.step, sequences, tokenizer, arguments.json)
+    elif arguments.id is not None:
+        from titanling.data.trace import documents_named
+
+        name, colon, id = arguments.id.partition(":")
+        if not colon:
+            raise UserError(f"--id {arguments.id}: must be SOURCE:ID, the ID as data.prepare.id_field gives it")
+        for document in documents_named(source, name, id):
+            print_document(source, name, document, config.training.steps, sequences, arguments.json)
     else:
         name, _, number = arguments.document.rpartition(":")
         if not name or not number.isdecimal():
@@ -53,7 +64,7 @@ def print_step(source: "MixedSource", step: int, sequences: int, tokenizer: str 
     """One line, or one JSON object, for each sequence of a step."""
     import numpy as np
 
-    from titanling.data.trace import pieces, samples_of_step
+    from titanling.data.trace import names, pieces, samples_of_step
 
     text = None
     if tokenizer is not None and not as_json:
@@ -62,18 +73,26 @@ def print_step(source: "MixedSource", step: int, sequences: int, tokenizer: str 
         text = load_tokenizer(tokenizer).tokenizer
     if step < 1:
         raise UserError(f"--step {step}: steps begin with 1")
-    for sample in samples_of_step(step, sequences):
-        found = pieces(source, sample)
+    samples = {sample: pieces(source, sample) for sample in samples_of_step(step, sequences)}
+    ids = names(source, (piece for found in samples.values() for piece in found))
+    for sample, found in samples.items():
+        named = [(piece, ids.get((piece.source, piece.document))) for piece in found]
         if as_json:
-            row = {"step": step, "sample": sample, "pieces": [piece._asdict() for piece in found]}
-            print(json.dumps(row, ensure_ascii=False))
+            rows = [piece._asdict() | ({} if id is None else {"id": id}) for piece, id in named]
+            print(json.dumps({"step": step, "sample": sample, "pieces": rows}, ensure_ascii=False))
             continue
-        parts = ", ".join(f"{p.source}:{p.document} [{p.first}–{p.first + p.tokens - 1}]" for p in found)
+        parts = cli.escape_controls(", ".join(describe(piece, id) for piece, id in named))
         print(f"step {step}  sequence {sample}  {parts}")
         if text is not None:
-            ids = source.batch(np.array([sample]))["input_ids"][0, : sum(piece.tokens for piece in found)].tolist()
-            lines = text.decode(ids, skip_special_tokens=False).splitlines()
+            tokens = source.batch(np.array([sample]))["input_ids"][0, : sum(piece.tokens for piece in found)].tolist()
+            lines = text.decode(tokens, skip_special_tokens=False).splitlines()
             print("\n".join(f"    {cli.escape_controls(line)}" for line in lines))
+
+
+def describe(piece: "Piece", id: str | int | None) -> str:
+    """A piece in words: its document, by number and by name if it has one, and which of the document's tokens."""
+    name = "" if id is None else f" ({id})"
+    return f"{piece.source}:{piece.document}{name} [{piece.first}–{piece.first + piece.tokens - 1}]"
 
 
 def print_document(source: "MixedSource", name: str, document: int, steps: int, sequences: int, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from titanling.data.indexed import IndexedWriter, Sidecar, write_sidecar
-from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.readers import Reading, Span, read_texts
 from titanling.data.prepare.text import find_files
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def json_lines(first: int, last: int) -> bytes:
 def texts_of(*sources: object) -> list[str]:
     """Every document of these files or folders, in order."""
     found = find_files([str(source) for source in sources])
-    return [text for file in found for text in read_documents(Span(file), Reading(), Counter())]
+    return [text for file in found for text in read_texts(Span(file), Reading(), Counter())]
 
 
 def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:

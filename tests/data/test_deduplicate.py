@@ -42,18 +42,20 @@ def run(raw: Path, output: Path, *more: str, **options) -> subprocess.CompletedP
     )
 
 
-def texts(folder: Path) -> list[str]:
-    """All texts of an output, in order."""
+def texts(folder: Path, field: str = "text") -> list[str]:
+    """All texts of an output, in order; or its names."""
     lines = [line for path in sorted(folder.iterdir()) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return [json.loads(line)["text"] for line in lines]
+    return [json.loads(line)[field] for line in lines]
 
 
 def test_one_of_each_near_copies_stays(raw: Path, tmp_path: Path) -> None:
     output = tmp_path / "clean"
-    done = run(raw, output, "--workers", "2")
+    done = run(raw, output, "--workers", "2", "--id-field", "id")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout == f"{output}: 21 of 24 documents stay, 3 were nearly the same as another\n"
     assert texts(output) == [*map(story, range(20)), "two words"]
+    names = [f"a{index}" for index in range(12)] + [f"b{index}" for index in range(2, 11)]
+    assert texts(output, "id") == names
     assert not Path(f"{output}.partial").exists()
     first = {path.name: path.read_bytes() for path in output.iterdir()}
     assert sorted(first) == ["00000.jsonl.gz", "00001.jsonl.gz"]

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from titanling.config.schema import Prepare
 from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar, verify_hashes
-from titanling.data.prepare.readers import Reading, read_documents
+from titanling.data.prepare.readers import Reading, read_texts
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.text import find_files
 from titanling.data.prepare.tokenise import is_validation
@@ -208,8 +208,8 @@ def test_the_tokenizer_sees_every_packed_source(tmp_path: Path, monkeypatch: pyt
     files = find_files([f"{tmp_path}/*.gz"])
     monkeypatch.setattr(module, "TOKENIZER_BYTES", 40_000)
     read = []
-    reader = lambda *arguments: (read.append(len(text)) or text for text in read_documents(*arguments))  # noqa: E731
-    monkeypatch.setattr(module, "read_documents", reader)
+    reader = lambda *arguments: (read.append(len(text)) or text for text in read_texts(*arguments))  # noqa: E731
+    monkeypatch.setattr(module, "read_texts", reader)
     taken = list(module._sample(files, Reading(), 0.0))
     sizes = [sum(len(text) for text in taken if text[0] == name) for name in "abcd"]
     shares = [40_000 * file.bytes / sum(file.bytes for file in files) for file in files]

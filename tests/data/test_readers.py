@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from titanling.data.prepare import readers
-from titanling.data.prepare.readers import Reading, Span, read_documents, row_groups
+from titanling.data.prepare.readers import Reading, Span, read_texts, row_groups
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
@@ -46,7 +46,7 @@ def write_parquet(
 
 def read(path: Path, counts: Counter | None = None, start: int = 0, end: int = -1, **reading) -> list[str]:
     span = Span(TextFile(str(path), path.stat().st_size), start, end)
-    return list(read_documents(span, Reading(**reading), Counter() if counts is None else counts))
+    return list(read_texts(span, Reading(**reading), Counter() if counts is None else counts))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.JSONL.zst", "a.json.gz", "a.parquet"])

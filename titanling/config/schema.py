@@ -671,6 +671,9 @@ class Prepare(Table):
     or row, other files are a document each, in UTF-8; .gz and .zst are unpacked. Empty: prepare nothing."""
     text_field: Text = "text"
     """JSON lines, Parquet: key or column of the text."""
+    id_field: Text | None = None
+    """JSON lines, Parquet: key or column of the documents' names, strings or whole numbers; kept beside the token files
+    for scripts/data.py and trace_data.py. Of other files the path is the name. Unset: documents have numbers only."""
     max_document_bytes: int = Field(100_000_000, ge=1, le=1_000_000_000)
     """Refuse a document above this, as text that misses its line ends."""
     skip_bad: bool = False

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from titanling.data.ids import ids_path
 from titanling.data.tokenfile import TokenFile
 from titanling.errors import UserError
 
@@ -123,7 +124,7 @@ def _read_header(path: str) -> tuple[int, int, int]:
 
 def check_unused(prefix: str) -> None:
     """Raise `UserError` if there are files of this prefix that `IndexedWriter` may not replace."""
-    existing = [path for path in _files(prefix) if os.path.exists(path)]
+    existing = [path for path in (*_files(prefix), ids_path(prefix)) if os.path.exists(path)]
     if f"{prefix}.json" in existing or (existing and not os.path.exists(f"{prefix}.json.partial")):
         raise UserError(f"{existing[0]}: exists and is never overwritten; move it away or choose another prefix")
 
@@ -187,7 +188,9 @@ class IndexedWriter:
         """Documents added so far."""
         return len(self._lengths)
 
-    def sidecar(self, tokenizer_sha256: str, eod_id: int, utf8_bytes: int, source: str) -> "Sidecar":
+    def sidecar(
+        self, tokenizer_sha256: str, eod_id: int, utf8_bytes: int, source: str, ids_sha256: str | None = None
+    ) -> "Sidecar":
         """The sidecar of the pair, once it is written."""
         tokens = int(self._counts.sum())
         shares = self._counts[self._counts > 0] / tokens
@@ -202,6 +205,7 @@ class IndexedWriter:
             bin_bytes=tokens * self._dtype.itemsize,
             bin_sha256=self._bin_hash.hexdigest(),
             idx_sha256=self._idx_hash.hexdigest(),
+            ids_sha256=ids_sha256,
             source=source,
         )
 
@@ -266,6 +270,8 @@ class Sidecar(BaseModel):
     bin_bytes: int = Field(ge=1)
     bin_sha256: str
     idx_sha256: str
+    ids_sha256: str | None = None
+    """Of the documents' names, PREFIX.ids.jsonl, if they have some."""
     source: str
     """Where the text came from, in words."""
 
@@ -274,7 +280,7 @@ def write_sidecar(prefix: str, sidecar: Sidecar) -> None:
     """Write `prefix.json` atomically and durably; with it, the token files count as complete."""
     partial = f"{prefix}.json.partial"
     with open(partial, "w", encoding="utf-8") as file:
-        file.write(sidecar.model_dump_json(indent=2) + "\n")
+        file.write(sidecar.model_dump_json(indent=2, exclude_none=True) + "\n")
         _sync(file)
     os.replace(partial, f"{prefix}.json")
     sync_folder(prefix)
@@ -303,10 +309,14 @@ def read_sidecar(prefix: str) -> Sidecar:
 
 
 def verify_hashes(prefix: str) -> None:
-    """Read both files whole and compare them with the sidecar's hashes. Raises `UserError` naming the damaged one."""
+    """Read the files whole and compare them with the sidecar's hashes. Raises `UserError` naming the damaged one."""
     sidecar = read_sidecar(prefix)
-    for path, expected in ((f"{prefix}.bin", sidecar.bin_sha256), (f"{prefix}.idx", sidecar.idx_sha256)):
-        if file_sha256(path) != expected:
+    bin_path, idx_path, _ = _files(prefix)
+    hashes = {bin_path: sidecar.bin_sha256, idx_path: sidecar.idx_sha256, ids_path(prefix): sidecar.ids_sha256}
+    for path, expected in hashes.items():
+        if expected is not None and not os.path.isfile(path):
+            raise UserError(f"{path}: no such file, though {prefix}.json says its hash; copy it too, or prepare again")
+        if expected is not None and file_sha256(path) != expected:
             raise UserError(f"{path}: damaged, its SHA-256 is not the one in {prefix}.json; {PREPARE_AGAIN}")
 
 

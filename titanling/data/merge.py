@@ -4,10 +4,11 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from titanling.data.ids import ids_path, write_ids
 from titanling.data.indexed import (
     FLUSH_TOKENS,
     HEADER,
@@ -53,9 +54,9 @@ def shards_of(prefix: str) -> list[str]:
 def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
     """Write `prefix`.bin/.idx/.json, the documents of the inputs (prefixes) one after another; lines of remarks beside.
 
-    An input of which only PREFIX.empty exists adds nothing. The inputs' hashes are compared on the way. Reports
-    are added up if all have the same filters. Raises `UserError`: an input that is missing, damaged or of another
-    tokenizer, files that exist already; then nothing is written.
+    An input of which only PREFIX.empty exists adds nothing. The inputs' hashes are compared on the way. Reports are
+    added up if all have the same filters, documents' names are kept if all inputs have some. Raises `UserError`: an
+    input that is missing, damaged or of another tokenizer, files that exist already; then nothing is written.
     """
     filled = [name for name in inputs if os.path.exists(f"{name}.json") or not os.path.exists(f"{name}.empty")]
     if not filled:
@@ -72,9 +73,10 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
             _copy(writer, name, sidecar)
     if report is not None:
         write_report(prefix, report)
+    ids = _merge_ids(prefix, dict(zip(filled, sidecars, strict=True)), lines)
     source = " ".join(dict.fromkeys(sidecar.source for sidecar in sidecars))
     size = sum(sidecar.utf8_bytes for sidecar in sidecars)
-    merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source)
+    merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source, ids)
     write_sidecar(prefix, merged)
     return merged, lines
 
@@ -101,6 +103,16 @@ def _copy(writer: IndexedWriter, prefix: str, sidecar: Sidecar) -> None:
     if digest.hexdigest() != sidecar.bin_sha256:
         raise UserError(f"{prefix}.bin: damaged, its SHA-256 is not the one in {prefix}.json; {PREPARE_AGAIN}")
     copy_documents(writer, tokens, document_lengths(prefix))
+
+
+def _merge_ids(prefix: str, inputs: Mapping[str, Sidecar], lines: list[str]) -> str | None:
+    """Join the names of documents; their SHA-256. Adds to `lines` what is to be said."""
+    without = [name for name, sidecar in inputs.items() if sidecar.ids_sha256 is None]
+    if without:
+        if len(without) < len(inputs):
+            lines.append(f"{prefix}: its documents have numbers only, for those of {', '.join(without)} have no names")
+        return write_ids(prefix, [])
+    return write_ids(prefix, [ids_path(name) for name in inputs])
 
 
 def _has_report(prefix: str) -> bool:

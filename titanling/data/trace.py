@@ -4,12 +4,14 @@ Nothing is logged for it: a sample's place is a function of the config, the same
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, count
 from typing import NamedTuple
 
 import numpy as np
 
+from titanling.data.ids import find_id, has_ids, read_ids
 from titanling.data.packing import PackedSource
 from titanling.data.sources import MixedSource, WindowSource
 from titanling.errors import UserError
@@ -67,10 +69,7 @@ def sights(source: MixedSource, name: str, document: int, samples: int, sequence
 
     Raises UserError if there is no such source or document.
     """
-    names = [windows.name for windows in source.sources]
-    if name not in names:
-        raise UserError(f'--document {name}:{document}: no source is named "{name}"; there are {", ".join(names)}')
-    place = names.index(name)
+    place = _place(source, name, f"--document {name}:{document}")
     windows = source.sources[place]
     firsts = _first_documents(windows)
     if not 0 <= document < firsts[-1]:
@@ -84,6 +83,43 @@ def sights(source: MixedSource, name: str, document: int, samples: int, sequence
             if data is dataset and first < last:
                 for epoch, sample in enumerate(_samples(source, place, window, samples)):
                     yield Sight(sample // sequences + 1, sample, epoch, first - there.start, last - first)
+
+
+def names(source: MixedSource, found: Iterable[Piece]) -> dict[tuple[str, int], str | int]:
+    """The names of pieces' documents, for those that have one: (source, document) → name."""
+    wanted: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for piece in found:
+        if has_ids(piece.prefix):
+            wanted[piece.source, piece.prefix].add(piece.document)
+    result: dict[tuple[str, int], str | int] = {}
+    for windows in source.sources:
+        for data, first in zip(windows.datasets, _first_documents(windows), strict=False):
+            if documents := list(wanted[windows.name, data.prefix]):
+                ids = read_ids(data.prefix, [document - first for document in documents])
+                result |= {(windows.name, document): id for document, id in zip(documents, ids, strict=True)}
+    return result
+
+
+def documents_named(source: MixedSource, name: str, id: str) -> list[int]:
+    """The documents of a source that have this name. Raises UserError if there are none, or none with any name."""
+    windows = source.sources[_place(source, name, f"--id {name}:{id}")]
+    files = list(zip(windows.datasets, _first_documents(windows), strict=False))
+    if not any(has_ids(data.prefix) for data, _ in files):
+        raise UserError(
+            f'--id {name}:{id}: the documents of "{name}" have no names; prepare it with data.prepare.id_field'
+            " (--id-field), or give --document"
+        )
+    found = [first + number for data, first in files if has_ids(data.prefix) for number in find_id(data.prefix, id)]
+    if not found:
+        raise UserError(f'--id {name}:{id}: no document of "{name}" has this name')
+    return found
+
+
+def _place(source: MixedSource, name: str, asked: str) -> int:
+    names = [windows.name for windows in source.sources]
+    if name not in names:
+        raise UserError(f'{asked}: no source is named "{name}"; there are {", ".join(names)}')
+    return names.index(name)
 
 
 def _samples(source: MixedSource, place: int, window: int, samples: int) -> Iterator[int]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.readers import Reading, Span, read_texts
 from titanling.data.prepare.text import STDLIB, find_files
 
 SHARE = Path("/usr/share")
@@ -88,7 +88,7 @@ def python_code() -> Iterator[str]:
     """The standard library's modules."""
     files = {Path(file.path): file for file in find_files([STDLIB])}
     for path in _by_name(files):
-        yield from read_documents(Span(files[path]), Reading(), Counter())
+        yield from read_texts(Span(files[path]), Reading(), Counter())
 
 
 def pseudo_text(language: str, alphabet: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from titanling.data.ids import write_ids
 from titanling.data.indexed import DTYPES, FLUSH_TOKENS, IndexedWriter, Sidecar, dtype_code, write_sidecar
 from titanling.data.prepare.parts import read_array, read_counts
 from titanling.data.prepare.tokenizer import TokenizerFiles
@@ -19,8 +20,11 @@ def join_parts(
     source: str,
     before_sidecars: Callable[[], None] = lambda: None,
     may_be_empty: bool = False,
+    with_ids: bool = False,
 ) -> dict[str, Sidecar | None]:
     """Write .bin/.idx/.json of each split (split → prefix) by copying the parts; return the sidecars.
+
+    With `with_ids`, .ids.jsonl too.
 
     `before_sidecars` is called when only these are missing. Raises `UserError` if a split receives no document; then
     nothing is written. With `may_be_empty`, an empty file PREFIX.empty says so instead.
@@ -50,15 +54,20 @@ def join_parts(
                 copy_documents(
                     writer, read_array(part, f"{split}.bin", dtype), read_array(part, f"{split}.lengths", "<i4")
                 )
+    names = {split: _join_ids(prefixes[split], parts, split, with_ids) for split in writers}
     before_sidecars()
     written: dict[str, Sidecar | None] = dict.fromkeys(prefixes)
     for split, writer in writers.items():
-        written[split] = writer.sidecar(files.sha256, files.eod_id, utf8_bytes[split], source)
+        written[split] = writer.sidecar(files.sha256, files.eod_id, utf8_bytes[split], source, names[split])
         write_sidecar(prefixes[split], written[split])
     for split in empty:
         with open(f"{prefixes[split]}.empty", "w") as file:
             os.fsync(file.fileno())
     return written
+
+
+def _join_ids(prefix: str, parts: Sequence[str], split: str, with_ids: bool) -> str | None:
+    return write_ids(prefix, [os.path.join(part, f"{split}.ids") for part in parts] if with_ids else [])
 
 
 def copy_documents(writer: IndexedWriter, tokens: np.ndarray, lengths: np.ndarray) -> None:

@@ -119,9 +119,9 @@ class ReadFile(PipelineStep):
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """There are as many tasks as files."""
         file = self._files[rank]
-        for index, text in enumerate(read_documents(Span(file), self._reading, Counter())):
+        for index, (text, name) in enumerate(read_documents(Span(file), self._reading, Counter())):
             self.stat_update("read")
-            yield Document(text=text, id=f"{file.path}:{index}")
+            yield Document(text=text, id=f"{file.path}:{index}", metadata={"name": name})
 
 
 class WriteLines(PipelineStep):
@@ -129,9 +129,9 @@ class WriteLines(PipelineStep):
 
     type, name = "writer", "titanling"
 
-    def __init__(self, folder: str, text_field: str) -> None:
+    def __init__(self, folder: str, reading: Reading) -> None:
         super().__init__()
-        self._folder, self._text_field = folder, text_field
+        self._folder, self._reading = folder, reading
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         """Task 7 writes 00007.jsonl.gz."""
@@ -139,7 +139,9 @@ class WriteLines(PipelineStep):
         with open(os.path.join(self._folder, f"{rank:05d}.jsonl.gz"), "wb") as raw:
             with gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
                 for document in data:
-                    line = json.dumps({self._text_field: document.text}, ensure_ascii=False)
+                    name, field = document.metadata["name"], self._reading.id_field
+                    row = {} if field is None else {field: json.loads(name)}
+                    line = json.dumps(row | {self._reading.text_field: document.text}, ensure_ascii=False)
                     file.write(f"{line}\n".encode())
                     self.stat_update("written")
             raw.flush()
@@ -190,7 +192,7 @@ def _stages(
         ("signatures", [read, MinhashDedupSignature(signatures, config, Words())], len(files)),
         ("buckets", [MinhashDedupBuckets(signatures, pairs, config=config)], settings.buckets),
         ("clusters", [MinhashDedupCluster(pairs, clusters, config)], 1),
-        ("filter", [read, MinhashDedupFilter(clusters), WriteLines(kept, reading.text_field)], len(files)),
+        ("filter", [read, MinhashDedupFilter(clusters), WriteLines(kept, reading)], len(files)),
         ("publish", [Publish(kept, output)], 1),
     ]
 

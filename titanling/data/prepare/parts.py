@@ -1,15 +1,16 @@
 """Parts: what a worker makes of a piece. A folder each, which appears whole or not at all.
 
 Of a finished piece: `training.bin` and `validation.bin` (tokens as in the .bin of the output), `.lengths` (int32, of
-each document). Of one that waits for a decision: `text.bin` (the documents in UTF-8), `text.lengths` (int64, bytes),
-`hashes.bin` (uint64), `hashes.lengths` (int64, hashes of each document). In both, `part.json` with what was counted.
+each document), `.ids` (a line each with its name, or empty). Of one that waits for a decision: `text.bin` (the
+documents in UTF-8), `text.lengths` (int64, bytes), `text.ids`, `hashes.bin` (uint64), `hashes.lengths` (int64, hashes
+of each document). In both, `part.json` with what was counted.
 """
 
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,28 @@ class ArrayWriter:
         with open(self._lengths_path, "wb") as file:
             file.write(self._lengths.tobytes())
             os.fsync(file.fileno())
+
+
+class LineWriter:
+    """Writes lines to `folder`/`name`.ids."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._file = open(os.path.join(folder, f"{name}.ids"), "w", encoding="utf-8")
+
+    def add(self, lines: Iterable[str]) -> None:
+        """Append lines, none of which holds a line break."""
+        self._file.writelines(f"{line}\n" for line in lines)
+
+    def close(self) -> None:
+        """Write what is left, durably."""
+        sync_and_close(self._file)
+
+
+def read_lines(folder: str, name: str) -> Iterator[str]:
+    """The lines of `folder`/`name`.ids."""
+    with open(os.path.join(folder, f"{name}.ids"), encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line[:-1]
 
 
 def sync_and_close(file: Any) -> None:

@@ -20,7 +20,7 @@ from titanling.data.prepare.tokenizer import TokenizerFiles
 from titanling.data.prepare.worker import Job, Task, cut_into_stages
 
 # To be raised with every change that makes other parts of the same input.
-PARTS_VERSION = 1
+PARTS_VERSION = 2
 # Of a large packed file, which is one piece, all at once would take several times their memory to sort.
 BLOCK_HASHES = 1 << 22
 
@@ -59,7 +59,7 @@ def settings_hash(settings: Prepare, pieces: Sequence[Piece], fraction: float) -
         from titanling.data.prepare.filters import check_filters
 
         outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
-    used = settings.model_dump_json(include={"text_field", "max_document_bytes", "language", "filters"})
+    used = settings.model_dump_json(include={"text_field", "id_field", "max_document_bytes", "language", "filters"})
     return _hash(f"{used} {outside} {fraction}")
 
 

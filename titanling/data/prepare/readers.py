@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import IO, Any, NamedTuple
 
 from titanling.config.schema import Prepare
@@ -27,6 +28,8 @@ class Reading:
 
     text_field: str = "text"
     """JSON lines, Parquet: the key or column that holds the text."""
+    id_field: str | None = None
+    """JSON lines, Parquet: the key or column that names the document. A plain text's name is its path."""
     max_document_bytes: int = 100_000_000
     """A document above this, in UTF-8, is a bad one."""
     skip_bad: bool = False
@@ -35,7 +38,15 @@ class Reading:
 
 def reading_of(settings: Prepare) -> Reading:
     """How a config has documents read."""
-    return Reading(settings.text_field, settings.max_document_bytes, settings.skip_bad)
+    return Reading(settings.text_field, settings.id_field, settings.max_document_bytes, settings.skip_bad)
+
+
+class Document(NamedTuple):
+    """What is read."""
+
+    text: str
+    id: str
+    """JSON of its name, a string or a whole number; empty if names are not read."""
 
 
 class Span(NamedTuple):
@@ -60,8 +71,13 @@ def is_packed(path: str) -> bool:
     return path.lower().endswith(PACKED)
 
 
-def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterator[str]:
-    """The texts of a span in order, none of them empty.
+def read_texts(span: Span, reading: Reading, counts: Counter[str]) -> Iterator[str]:
+    """The texts of `read_documents`."""
+    return (document.text for document in read_documents(span, reading, counts))
+
+
+def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterator[Document]:
+    """The documents of a span in order, none of them empty.
 
     Counts "documents" (those it yields), "bytes" (theirs, in UTF-8), "empty" and "bad" (only with `skip_bad`).
     Raises `UserError` for what cannot be read: the file, where in it, why.
@@ -70,22 +86,22 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
     documents = reader(span, reading)
     while True:
         try:
-            text = next(documents, None)
-            if isinstance(text, Unreadable):
-                raise text
+            document = next(documents, None)
+            if isinstance(document, Unreadable):
+                raise document
         except Unreadable as bad:
             if not _lenient(span, reading):
                 raise UserError(f"{bad}, or set data.prepare.skip_bad (--skip-bad) to leave such out") from None
             counts["bad"] += 1
             continue
-        if text is None:
+        if document is None:
             return
-        if not text:
+        if not document.text:
             counts["empty"] += 1
             continue
         counts["documents"] += 1
-        counts["bytes"] += len(text.encode())
-        yield text
+        counts["bytes"] += len(document.text.encode())
+        yield document
 
 
 def _lenient(span: Span, reading: Reading) -> bool:
@@ -125,14 +141,14 @@ def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
             try:
                 if length > limit:
                     raise Unreadable(f"a line of {length:,} bytes; {_longer(reading)}")
-                text = _field(line, reading)
+                document = _of_line(line, reading)
             except Unreadable as bad:
                 # What is left out is not shown: it need not be looked for in what comes before the span.
                 at = number + (0 if _lenient(span, reading) else _lines_before(path, span.start))
                 yield Unreadable(f"{path}:{at}: {bad}")
                 continue
-            if text is not None:
-                yield text
+            if document is not None:
+                yield document
 
 
 def _line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
@@ -159,8 +175,8 @@ def _lines_before(path: str, start: int) -> int:
     return lines
 
 
-def _field(line: bytes, reading: Reading) -> str | None:
-    """The text of a line of JSON, None if the line is blank."""
+def _of_line(line: bytes, reading: Reading) -> Document | None:
+    """The document of a line of JSON, None if the line is blank."""
     try:
         row = json.loads(line.decode()) if line.strip() else None
     except UnicodeDecodeError as error:
@@ -171,28 +187,41 @@ def _field(line: bytes, reading: Reading) -> str | None:
         return None
     if not isinstance(row, dict):
         raise Unreadable("no JSON object; each line must be one, with the text under a key")
-    if reading.text_field not in row:
-        keys = ", ".join(map(str, list(row)[:8])) or "no keys"
-        raise Unreadable(f'no "{reading.text_field}" (it has {keys}); correct data.prepare.text_field (--text-field)')
-    return _checked(row[reading.text_field], reading)
+    for field, key in _fields(reading):
+        if field not in row:
+            keys = ", ".join(map(str, list(row)[:8])) or "no keys"
+            raise Unreadable(f'no "{field}" (it has {keys}); {_correct(key)}')
+    return _checked(row[reading.text_field], row.get(reading.id_field), reading)
+
+
+def _fields(reading: Reading) -> list[tuple[str, str]]:
+    """Fields that a row must have, each with the setting that says so."""
+    named = [] if reading.id_field is None else [(reading.id_field, "id_field")]
+    return [(reading.text_field, "text_field"), *named]
+
+
+def _correct(key: str) -> str:
+    return f"correct data.prepare.{key} (--{key.replace('_', '-')})"
 
 
 def _read_parquet(span: Span, reading: Reading) -> Iterator[Any]:
-    path, field = span.file.path, reading.text_field
+    path = span.file.path
     with open_parquet(path) as file:
         names = file.schema_arrow.names
-        if field not in names:
-            has = ", ".join(names[:8]) or "no columns"
-            raise Unreadable(
-                f'{path}: no column "{field}" (it has {has}); correct data.prepare.text_field (--text-field)'
-            )
+        for field, key in _fields(reading):
+            if field not in names:
+                has = ", ".join(names[:8]) or "no columns"
+                raise Unreadable(f'{path}: no column "{field}" (it has {has}); {_correct(key)}')
+        columns = [field for field, _ in _fields(reading)]
         groups = range(span.start, span.end if span.end >= 0 else file.metadata.num_row_groups)
         row = sum(file.metadata.row_group(index).num_rows for index in range(span.start))
-        for batch in file.iter_batches(ROWS, row_groups=list(groups), columns=[field]):
-            for value in batch.column(0):
+        for batch in file.iter_batches(ROWS, row_groups=list(groups), columns=columns):
+            texts = batch.column(reading.text_field)
+            ids = batch.column(reading.id_field) if reading.id_field is not None else repeat(None, len(texts))
+            for text, its in zip(texts, ids, strict=True):
                 row += 1
                 try:
-                    yield _checked(_python(value), reading)
+                    yield _checked(_python(text), None if its is None else _python(its), reading)
                 except Unreadable as bad:
                     yield Unreadable(f"{path}: row {row}: {bad}")
 
@@ -212,22 +241,33 @@ def _read_text(span: Span, reading: Reading) -> Iterator[Any]:
     if len(raw) > reading.max_document_bytes:
         raise Unreadable(f"{path}: more than {reading.max_document_bytes:,} bytes in a document; {_longer(reading)}")
     try:
-        yield raw.decode()
+        yield Document(raw.decode(), _id(path, reading))
     except UnicodeDecodeError as error:
         raise Unreadable(
             f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8), leave it out of data.prepare.text"
         ) from None
 
 
-def _checked(value: Any, reading: Reading) -> str:
-    """A text that is one, that can be written as UTF-8, and is not too long."""
+def _checked(value: Any, id: Any, reading: Reading) -> Document:
+    """A document whose text is one, can be written as UTF-8, and is not too long."""
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise Unreadable(f'"{reading.text_field}" is {found}, not a string; correct it')
     size = utf8_bytes(value)
     if size > reading.max_document_bytes:
         raise Unreadable(f"a document of {size:,} bytes; {_longer(reading)}")
-    return value
+    return Document(value, _id(id, reading))
+
+
+def _id(value: Any, reading: Reading) -> str:
+    """What `Document.id` is for a name."""
+    if reading.id_field is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        found = "null" if value is None else type(value).__name__
+        raise Unreadable(f'"{reading.id_field}" is {found}, not a string or a whole number; correct it')
+    utf8_bytes(str(value))
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _longer(reading: Reading) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from titanling.config.schema import Prepare
 from titanling.data.indexed import Sidecar, check_unused, file_sha256, read_sidecar
 from titanling.data.prepare.parts import remove_parts
-from titanling.data.prepare.readers import Reading, Span, read_documents, reading_of
+from titanling.data.prepare.readers import Reading, Span, read_texts, reading_of
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
@@ -159,6 +159,7 @@ def _make(
         " ".join(settings.text),
         lambda: report.write_report(name, found),
         may_be_empty=is_shard,
+        with_ids=settings.id_field is not None,
     )
     notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
     remove_parts(folder)
@@ -229,7 +230,7 @@ def _sample(files: list[TextFile], reading: Reading, fraction: float) -> Iterato
         due = TOKENIZER_BYTES * passed // total
         if taken >= due:
             continue
-        for text in read_documents(Span(file), reading, read):
+        for text in read_texts(Span(file), reading, read):
             if is_validation(text, fraction):
                 continue
             # Short texts are not cut in two, nor may a long one take the place of later files.

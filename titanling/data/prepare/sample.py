@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli
 
-from titanling.data.prepare.readers import Reading, Span, read_documents
+from titanling.data.prepare.readers import Reading, Span, read_texts
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
@@ -122,7 +122,7 @@ def _pieces(files: Sequence[TextFile], reading: Reading, most: float) -> Iterato
     """Pieces in UTF-8 of each file in turn, up to `most` times its size: only a packed one holds more than 1."""
     for file in files:
         left = math.ceil(most * file.bytes)
-        for raw in _cut(read_documents(Span(file), reading, Counter())):
+        for raw in _cut(read_texts(Span(file), reading, Counter())):
             yield raw[:left]
             left -= len(raw)
             if left <= 0:

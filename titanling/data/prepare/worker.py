@@ -1,18 +1,27 @@
 """What one process does to a piece: read, filter, tokenise, and write a part."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from titanling.data.indexed import DTYPES, dtype_code
 from titanling.data.prepare.counts import Counts
-from titanling.data.prepare.parts import SPLITS, ArrayWriter, new_part, read_array, write_counts
+from titanling.data.prepare.parts import (
+    SPLITS,
+    ArrayWriter,
+    LineWriter,
+    new_part,
+    read_array,
+    read_lines,
+    write_counts,
+)
 from titanling.data.prepare.pieces import Piece
-from titanling.data.prepare.readers import Reading, read_documents
+from titanling.data.prepare.readers import Document, Reading, read_documents
 
 if TYPE_CHECKING:
     from titanling.data.prepare.encode import Encoder
@@ -138,13 +147,18 @@ class _Making:
 
         assert self._stage.hashed
         hashing = open_hashes(self._stage.hashed[1], self._language)
-        texts, hashes = ArrayWriter(self._folder, "text"), ArrayWriter(self._folder, "hashes")
-        for text in self._documents():
+        writers = texts, ids, hashes = (
+            ArrayWriter(self._folder, "text"),
+            LineWriter(self._folder, "text"),
+            ArrayWriter(self._folder, "hashes"),
+        )
+        for text, id in self._documents():
             raw, its = text.encode(), np.asarray(hashing.hashes(text), np.uint64)
             texts.add(raw, np.array([len(raw)]))
+            ids.add([id])
             hashes.add(its.tobytes(), np.array([len(its)]))
-        texts.close()
-        hashes.close()
+        for writer in writers:
+            writer.close()
 
     def tokenise(self, encode: "Encoder") -> None:
         """Write the tokens of each split."""
@@ -152,9 +166,12 @@ class _Making:
 
         fraction, dtype = self._job.fraction, DTYPES[dtype_code(encode.vocab_size)]
         writers = {split: ArrayWriter(self._folder, split, "i") for split in SPLITS}
+        names = {split: LineWriter(self._folder, split) for split in SPLITS}
+        ids: deque[str] = deque()  # of the documents that are read and not yet written
         self._splits = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
         keep = self._token_filter()
-        for batch, encoded in encode_ahead(self._documents(), encode, self._job.workers):
+        for batch, encoded in encode_ahead(self._texts(ids), encode, self._job.workers):
+            its = [ids.popleft() for _ in batch]
             kept = keep(batch, encoded.lengths - 1)
             aside = np.array([fraction > 0 and is_validation(text, fraction) for text in batch])
             sizes = np.array([len(text.encode()) for text in batch])
@@ -163,11 +180,12 @@ class _Making:
                     continue
                 mine = choose(encoded, chosen)
                 writers[split].add(mine.ids.astype(dtype).tobytes(), mine.lengths)
+                names[split].add(compress(its, chosen))
                 counts = self._splits[split]
                 counts["documents"] += len(mine.lengths)
                 counts["bytes"] += int(sizes[chosen].sum())
                 counts["tokens"] += len(mine.ids)
-        for writer in writers.values():
+        for writer in (*writers.values(), *names.values()):
             writer.close()
         self._note = encode.note
 
@@ -183,7 +201,13 @@ class _Making:
             [filters.keep(text, int(length)) for text, length in zip(batch, lengths, strict=True)]
         )
 
-    def _documents(self) -> Iterator[str]:
+    def _texts(self, ids: deque[str]) -> Iterator[str]:
+        """The texts of `_documents`; their names are added to `ids`."""
+        for text, id in self._documents():
+            ids.append(id)
+            yield text
+
+    def _documents(self) -> Iterator[Document]:
         """What the stage's filters leave of what the stage before left of the piece."""
         documents = self._decided() if self._stage.decided else self._first()
         if not self._stage.text:
@@ -194,16 +218,16 @@ class _Making:
         places, settings = zip(*self._stage.text, strict=True)
         filters = Filters(settings, self._language, self._steps)
         self._filters |= dict(zip(places, filters.report, strict=True))
-        for text in documents:
+        for text, id in documents:
             result = filters.apply(text)
             if result is not None:
-                yield result
+                yield Document(result, id)
 
-    def _first(self) -> Iterator[str]:
+    def _first(self) -> Iterator[Document]:
         for span in self._task.piece.spans:
             yield from read_documents(span, self._job.reading, self._read)
 
-    def _decided(self) -> Iterator[str]:
+    def _decided(self) -> Iterator[Document]:
         from titanling.data.prepare.filters import open_hashes
 
         assert self._stage.decided and self._task.before
@@ -214,10 +238,11 @@ class _Making:
         lengths, hashes = (read_array(self._task.before, f"{name}.lengths", "<i8") for name in ("text", "hashes"))
         place = 0
         with open(os.path.join(self._task.before, "text.bin"), "rb") as file:
-            for length, many in zip(lengths.tolist(), hashes.tolist(), strict=True):
+            ids = read_lines(self._task.before, "text")
+            for length, many, id in zip(lengths.tolist(), hashes.tolist(), ids, strict=True):
                 text = file.read(length).decode()
                 result = keeping.keep(text, new[place : place + many])
                 place += many
                 counts.take(text, result)
                 if result is not None:
-                    yield result
+                    yield Document(result, id)
