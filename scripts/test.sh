@@ -10,5 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 setup_env test
 export HF_HUB_OFFLINE=1 # a test that reaches for the network is wrong
-# Two at a time, a module's tests together, for they share what is slow to make.
-exec "$PYTHON" -m pytest -n 2 --dist loadscope "$@"
+# Two at a time, a module's tests together, for they share what is slow to make; in the order of tests/conftest.py.
+exec "$PYTHON" -m pytest -n 2 --dist loadscope --no-loadscope-reorder "$@"

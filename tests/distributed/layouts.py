@@ -4,6 +4,7 @@ Trains the same tiny models under many layouts, compares each with one process, 
 FOLDER/results.json. One launch for all of them: starting processes and importing torch costs more than the training.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ PROMPT, NEW_TOKENS = [5, 31, 7], 12
 def main(group: Callable[[Suite], dict[str, Any]]) -> None:
     """Run one group of checks and let rank 0 write what they found."""
     folder, data = Path(sys.argv[2]), TinyData(*json.loads(sys.argv[3]))
+    gc.freeze()  # what is imported need not be looked through whenever a trainer is collected
     results = group(Suite(folder, data))
     if RANK == 0:
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")

@@ -39,7 +39,6 @@ RECOMPUTED: dict[str, Settings] = {
 }
 SCHEDULES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 ONE_STAGE_PER_RANK = SCHEDULES[:2]
-COMPILED: Settings = {"compile.enable": True}
 
 
 def mesh(replicate: int = 1, shard: int = 1, *, pp: int = 1, cp: int = 1, tp: int = 1, **more: Any) -> Settings:
@@ -68,14 +67,19 @@ class Case(NamedTuple):
     layout: Settings
     recomputed: str = ""
     accumulation: int = 1
-    compiled: bool = False
+    compiled: str = ""
+    """The compiler's backend: "inductor", or "aot_eager" where only what leads to it, the tracing, is of interest."""
 
     def settings(self) -> Settings:
         """All that differs from one process."""
         degrees = (self.layout[f"parallelism.data_parallel_{kind}_degree"] for kind in ("replicate", "shard"))
         replicate, shard = degrees
         local = {"training.local_batch_size": GLOBAL_BATCH // (replicate * shard) // self.accumulation}
-        return self.layout | RECOMPUTED[self.recomputed] | (COMPILED if self.compiled else {}) | local
+        return self.layout | RECOMPUTED[self.recomputed] | self.compilation() | local
+
+    def compilation(self) -> Settings:
+        """What compiles it."""
+        return {"compile.enable": True, "compile.backend": self.compiled} if self.compiled else {}
 
 
 def two_ranks() -> dict[str, Case]:
@@ -137,19 +141,19 @@ def four_ranks() -> dict[str, Case]:
 def compiled_two() -> dict[str, Case]:
     """What the compiler meets on two ranks; six layers, so that a graph for each would be seen."""
     return {
-        "fsdp, compiled": Case("wide", mesh(1, 2), compiled=True),
-        "tp full, compiled": Case("deep", mesh(tp=2), "full", compiled=True),
-        "pp, compiled": Case("deep", pipeline(), "full", compiled=True),
-        "cp, masked, compiled": Case("masked", mesh(cp=2), "op", compiled=True),
-        "pp, masked, compiled": Case("masked", pipeline(), compiled=True),
+        "fsdp, compiled": Case("wide", mesh(1, 2), compiled="inductor"),
+        "tp full, compiled": Case("deep", mesh(tp=2), "full", compiled="inductor"),
+        "pp, compiled": Case("deep", pipeline(), "full", compiled="aot_eager"),
+        "cp, masked, compiled": Case("masked", mesh(cp=2), "op", compiled="inductor"),
+        "pp, masked, compiled": Case("masked", pipeline(), compiled="aot_eager"),
         # The budget is the process's: behind it, nothing is compiled without.
-        "tp budget, compiled": Case("deep", mesh(tp=2), "budget", compiled=True),
+        "tp budget, compiled": Case("deep", mesh(tp=2), "budget", compiled="inductor"),
     }
 
 
 def compiled_four() -> dict[str, Case]:
     """DTensors of two meshes at once."""
     return {
-        "fsdp2 x tp2 op, compiled": Case("deep", mesh(1, 2, tp=2), "op", compiled=True),
-        "fsdp2 x tp2, masked, compiled": Case("masked", mesh(1, 2, tp=2), compiled=True),
+        "fsdp2 x tp2 op, compiled": Case("deep", mesh(1, 2, tp=2), "op", compiled="inductor"),
+        "fsdp2 x tp2, masked, compiled": Case("masked", mesh(1, 2, tp=2), compiled="aot_eager"),
     }
