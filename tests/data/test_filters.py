@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -76,6 +77,12 @@ def test_bad_words_are_whole_words_and_phrases(bad_list: str, text: str, hits: i
         apply = build("bad_words", "de", path=bad_list, hits=wanted)
         for filler in ("", " und so weiter" * 3):
             assert (apply(text + filler) is None) == (hits >= wanted or not text + filler)
+
+
+def test_a_list_in_the_home_folder(bad_list: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, name = os.path.split(bad_list)
+    monkeypatch.setenv("HOME", folder)
+    assert build("bad_words", "de", path=f"~/{name}", hits=1)("so ein Mist") is None
 
 
 @given(st.lists(st.sampled_from("mist, Mist (blöde kuh kuh! x straße-mist".split()), max_size=12), st.integers(1, 4))

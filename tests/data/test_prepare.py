@@ -331,6 +331,17 @@ def test_unwritable_output_and_full_disk(corpus: Path, tmp_path: Path) -> None:
     verify_hashes(f"{output}/train")
 
 
+def test_text_that_goes_meanwhile(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titanling.data.prepare import pipeline
+
+    make_all = pipeline.make_all
+    monkeypatch.setattr(pipeline, "make_all", lambda *given: (corpus / "07.txt").unlink() or make_all(*given))
+    with pytest.raises(UserError, match=r"07\.txt: is no longer there; put it back, or run again without it"):
+        run(corpus, tmp_path / "out")
+    monkeypatch.undo()
+    run(corpus, tmp_path / "out")
+
+
 def start_script(corpus: Path, output: Path) -> subprocess.Popen:
     command = [sys.executable, "scripts/prepare_data.py", "--text", str(corpus), "--output", str(output)]
     command += ["--vocab-size", "350", "--validation-fraction", "0.2"]

@@ -86,6 +86,10 @@ def prepare(
                 return _prepare(settings, prefixes, tokenizer_dir, shard)
             finally:
                 remove_parts(f"{prefixes['training']}.parts", only_if_empty=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename or folder}: is no longer there; put it back, or run again without it"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: {error.strerror}; mend its permissions or free disk space, then run again"

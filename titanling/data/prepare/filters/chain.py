@@ -1,6 +1,7 @@
 """Builds filters from their settings, applies them in order, and checks them before any work."""
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from titanling.config.schema import (
@@ -166,4 +167,4 @@ def _facts(setting: Filter, languages: Sequence[str | None]) -> Iterator[str]:
         case LanguageFilter():
             yield extra_version(*LANGUAGE_PACKAGES[setting.library])
             if setting.model is not None:
-                yield file_sha256(setting.model)
+                yield file_sha256(os.path.expanduser(setting.model))

@@ -54,8 +54,9 @@ def _lingua(settings: LanguageFilter, code: str) -> Score:
 def _fasttext(settings: LanguageFilter, code: str) -> Score:
     import_extra("fasttext", "fasttext", _who(settings))
     try:
-        status = os.stat(str(settings.model))
-        model = _model(str(settings.model), (status.st_mtime_ns, status.st_size))
+        path = os.path.expanduser(str(settings.model))
+        status = os.stat(path)
+        model = _model(path, (status.st_mtime_ns, status.st_size))
     except (ValueError, OSError) as error:
         raise UserError(f"{settings.model}: not a model of fasttext ({error}); correct data.prepare.filters") from None
     # lid.176 says de, GlotLID deu_Latn; a language of several scripts has several labels.

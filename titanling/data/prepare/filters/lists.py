@@ -29,6 +29,7 @@ def list_path(path: str, language: str | None) -> str:
                 f"data.prepare.filters: {path} asks for the language, which is not known; set data.prepare.language"
             )
         path = path.replace("{language}", language)
+    path = os.path.expanduser(path)
     if not os.path.isfile(path):
         of = "" if language is None else f" (language {language})"
         raise UserError(f"data.prepare.filters: {path}: no such list{of}; add the file or correct the path")
