@@ -148,6 +148,23 @@ def test_first_loss_is_the_mean_over_the_global_batch(tmp_path: Path, tiny_data:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_smoothing_and_z_loss_are_in_the_training_loss_alone(tmp_path: Path, tiny_data: TinyData) -> None:
+    options = {"training.label_smoothing": 0.2, "training.z_loss": 0.03}
+    found = []
+    for name, changes in (("plain", {}), ("smoothed", options)):
+        with open_trainer(tmp_path / name, tiny_data, {**WITHOUT_CHECKPOINTS, **changes}) as trainer:
+            batch = {key: torch.from_numpy(array) for key, array in trainer.text.source.batch(np.arange(4)).items()}
+            with torch.no_grad():
+                logits = trainer.runner.parts[0](batch["input_ids"]).flatten(0, 1)
+            measured = trainer.runner.loss_sum(batch).item()
+            loss, _, _ = trainer.train_step()
+            found.append((measured, loss.item()))
+    (plain, first), (measured, smoothed) = found
+    assert measured == plain == pytest.approx(first * batch["labels"].numel(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten(), label_smoothing=0.2)
+    assert smoothed == pytest.approx((expected + 0.03 * logits.logsumexp(-1).square().mean()).item(), rel=1e-5)
+
+
 def test_labels_are_shifted_exactly_once(tmp_path: Path, tiny_data: TinyData) -> None:
     """In a text that counts modulo 16, the model learns that the successor of t is t + 1."""
     with IndexedWriter(str(tmp_path / "count"), 16) as writer:

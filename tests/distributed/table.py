@@ -27,6 +27,12 @@ MODELS: dict[str, Settings] = {
         "model.tie_embeddings": False,
         "data.document_mask": "causal",
     },
+    "smoothed": {
+        "model.vocab_size": 321,
+        "model.tie_embeddings": False,
+        "training.label_smoothing": 0.1,
+        "training.z_loss": 1e-3,
+    },
     # As many rows as make Inductor split its reductions (pytorch #193061 lost gradients there).
     "wide": {"model.dim": 128, "model.qk_norm": True, "model.tie_embeddings": True, "training.seq_len": 256},
 }
@@ -99,6 +105,8 @@ def two_ranks() -> dict[str, Case]:
         "tp, tied, whole logits": Case("tied", mesh(tp=2, **whole)),
         "tp, untied, whole logits": Case("untied", mesh(tp=2, **whole), accumulation=2),
         "pp, one sequence each": Case("untied", mesh(pp=2)),
+        "tp, smoothed": Case("smoothed", mesh(tp=2)),
+        "pp, smoothed": Case("smoothed", pipeline()),
     }
     for name in ("fsdp", "tp", "cp", "pp"):
         cases[f"{name}, masked"] = Case("masked", alone[name], "op", accumulation=2)

@@ -180,6 +180,11 @@ class Training(Table):
     """Tokens in one sequence."""
     max_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that all tokens have alike (Szegedy 2016). In the training loss, not in validation's."""
+    z_loss: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Factor of (log Σ exp logits)², which keeps logits near 0 (PaLM: 1e-4). In the training loss, not in
+    validation's."""
     steps: int = Field(10000, ge=1)
     """Optimizer steps of the whole run. Raise it to extend a finished run."""
     enable_cpu_offload: bool = False

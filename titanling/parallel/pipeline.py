@@ -119,7 +119,7 @@ class PipelineRunner(Runner):
         loss = torch.zeros((), device=self.world.device)
 
         def micro_loss(logits: Tensor, micro_labels: Tensor) -> Tensor:
-            value = self.loss(logits, micro_labels, self.vocab_shard) / targets
+            value = self.loss(logits, micro_labels, self.objective) / targets
             loss.add_(value.detach())
             return value * (self.averaged * scale)
 
@@ -140,7 +140,7 @@ class PipelineRunner(Runner):
         logits = self._logits(batch)
         if logits is None:
             return torch.zeros((), device=self.world.device)
-        return self.share(self.loss(logits, self._take(batch)[1], self.vocab_shard))
+        return self.share(self.loss(logits, self._take(batch)[1], self.measure))
 
     def logits(self, input_ids: Tensor) -> Tensor | None:
         """As Runner's; only the last stage's rank has any."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from titanling.loss import VocabShard, cross_entropy_sum, head_cross_entropy_sum
+from titanling.loss import LossOptions, VocabShard, cross_entropy_sum, head_cross_entropy_sum
 from titanling.model.generate import CachedDecoder, NextLogits
 from titanling.model.presets import LlamaShape
 from titanling.parallel.context import shard_sequence
@@ -33,10 +33,14 @@ class Runner:
         self.of_hidden = loss_of_hidden(data.settings, degrees)
         self.loss: Callable[..., Tensor] = head_cross_entropy_sum if self.of_hidden else cross_entropy_sum
         self.averaged = 1 if world.mesh is None else degrees.dp * degrees.cp
-        self.vocab_shard: VocabShard | None = None
+        shard = None
         if degrees.tp > 1 and not data.settings.disable_loss_parallel:
             piece = -(-shape.vocab_size // degrees.tp)
-            self.vocab_shard = VocabShard(world.submesh("tp").get_group(), piece * world.index("tp"), shape.vocab_size)
+            shard = VocabShard(world.submesh("tp").get_group(), piece * world.index("tp"), shape.vocab_size)
+        self.vocab_shard: VocabShard | None = shard
+        # What is minimised, and what validation tells.
+        self.objective = LossOptions(data.training.label_smoothing, data.training.z_loss, shard)
+        self.measure = LossOptions(shard=shard)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of this rank, under the names that they have in the whole model."""
@@ -51,7 +55,7 @@ class Runner:
         self.modules = [self.data.wrap(part, self.world) for part in self.parts]
 
     def forward_backward(self, batches: Sequence[Batch], targets: Tensor, scale: Tensor) -> Tensor:
-        """Add to the gradients those of the summed loss of all micro-batches over `targets`, times `scale`.
+        """Add to the gradients those of the summed objective of all micro-batches over `targets`, times `scale`.
 
         Gradients of data-parallel ranks are summed. Returns this rank's share of the loss, 0-dim float32: the sum of
         all ranks' shares is the loss.
@@ -60,7 +64,7 @@ class Runner:
         loss = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             sync_gradients(module, index == len(batches) - 1)
-            micro_loss = self._loss(batch) / targets
+            micro_loss = self._loss(batch, self.objective) / targets
             # Data parallelism averages gradients over ranks; the loss is a sum over them.
             (micro_loss * (self.averaged * scale)).backward()
             loss += micro_loss.detach()
@@ -69,19 +73,19 @@ class Runner:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """This rank's share of the cross-entropy summed over a batch, without gradients."""
-        return self.share(self._loss(batch))
+        return self.share(self._loss(batch, self.measure))
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, options: LossOptions) -> Tensor:
         input_ids, labels, positions = self.take(batch)
         (module,) = self.modules
         if not self.of_hidden:
-            return self.loss(module(input_ids, positions), labels, self.vocab_shard)
+            return self.loss(module(input_ids, positions), labels, options)
 
         def loss(hidden: Tensor, weight: Tensor) -> Tensor:
             # Under a tensor plan: whole hidden states, of whose gradient each rank has a part, and rows of the matrix.
             if isinstance(hidden, DTensor) and isinstance(weight, DTensor):
                 hidden, weight = hidden.to_local(grad_placements=[Partial()]), weight.to_local()
-            return self.loss(hidden, weight, labels, self.vocab_shard)
+            return self.loss(hidden, weight, labels, options)
 
         return module(input_ids, positions, loss=loss)
 
