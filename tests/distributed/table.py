@@ -152,7 +152,7 @@ def compiled_two() -> dict[str, Case]:
         "fsdp, compiled": Case("wide", mesh(1, 2), compiled="inductor"),
         "tp full, compiled": Case("deep", mesh(tp=2), "full", compiled="inductor"),
         "pp, compiled": Case("deep", pipeline(), "full", compiled="aot_eager"),
-        "cp, masked, compiled": Case("masked", mesh(cp=2), "op", compiled="inductor"),
+        "cp, masked, compiled": Case("masked", mesh(cp=2), "op", compiled="aot_eager"),
         "pp, masked, compiled": Case("masked", pipeline(), compiled="aot_eager"),
         # The budget is the process's: behind it, nothing is compiled without.
         "tp budget, compiled": Case("deep", mesh(tp=2), "budget", compiled="inductor"),

@@ -116,7 +116,7 @@ def test_test_command(torch_machine: Any) -> None:
         torch_machine.install(name, version)
     (torch_machine.site / "pytest.py").write_text("import os, sys; print(os.getcwd(), sys.argv[1:])")
     assert torch_machine.run("scripts/test.sh", "a", "b c").stdout == (
-        f"{torch_machine.root} ['-n', '2', '--dist', 'loadscope', 'a', 'b c']\n"
+        f"{torch_machine.root} ['-n', '2', '--dist', 'loadscope', '--no-loadscope-reorder', 'a', 'b c']\n"
     )
 
 
