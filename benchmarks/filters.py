@@ -134,7 +134,7 @@ def run_hashes(kind: str, texts: Sequence[str]) -> list[str]:
         batch = texts[start : start + BATCH]
         hashes = [step.hashes(text) for text in batch]
         counts = np.array([len(own) for own in hashes])
-        new = np.split(seen.add(np.concatenate(hashes), counts), np.cumsum(counts)[:-1])
+        new = np.split(seen.add(np.concatenate(hashes)), np.cumsum(counts)[:-1])
         kept = [step.keep(text, own) for text, own in zip(batch, new, strict=True)]
         left += [text for text in kept if text is not None]
     return left
@@ -160,7 +160,7 @@ def memory(documents: int) -> float:
     seen = SeenHashes()
     for start in range(0, documents, 10_000):
         count = min(10_000, documents - start)
-        seen.add(rng.integers(0, 2**64, count, np.uint64), np.ones(count, np.int64))
+        seen.add(rng.integers(0, 2**64, count, np.uint64))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak / documents / 1e3

@@ -105,6 +105,12 @@ def test_memory_reports_peaks(tmp_path: Path) -> None:
     assert results["ratio_to_reference"] > 0
 
 
+def test_filters_reports_rates_and_memory(tmp_path: Path) -> None:
+    results = smoke("filters", tmp_path)
+    assert all(rate > 0 for rates in results["megabytes_per_cpu_second"].values() for rate in rates)
+    assert 0 < results["gigabytes_per_million_documents"] < 0.1
+
+
 def test_document_mask_reports_ratios(tmp_path: Path) -> None:
     results = smoke("document_mask", tmp_path, "--lengths", "20", "--rounds", "1")
     assert [(cell["seq_len"], cell["document"]) for cell in results["cells"]] == [(512, 20), (2048, 20)]
