@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titanling import cli
+from titanling.parallel import data as data_plan
 from titanling.trainer import Trainer
 
 KINDS = {
@@ -197,4 +198,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    data_plan.suit_gloo = lambda module: None  # the plan is of the collectives that GPUs' ranks call
     cli.run(main)

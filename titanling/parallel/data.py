@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from titanling.config.schema import Parallelism, Training
 from titanling.model.layout import ModelLayout
 from titanling.parallel.degrees import Degrees, resharding
+from titanling.parallel.gloo import suit_gloo
 from titanling.parallel.mesh import World
 from titanling.parallel.plan import Plan
 from titanling.parallel.precision import compute_dtype
@@ -52,6 +53,9 @@ class DataParallel(Plan):
             fully_shard(block, reshard_after_forward=self.reshards, **options)
         # The root holds embedding, norm and head: needed first and last, so they stay gathered between.
         fully_shard(model, reshard_after_forward=False, **options)
+        if world.device.type == "cpu":
+            for part in (*blocks, model):
+                suit_gloo(part)
         ahead = self.settings.fsdp_prefetch
         if ahead > 1:  # FSDP looks one block ahead by itself
             for index, block in enumerate(blocks):
