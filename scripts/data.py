@@ -88,13 +88,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _document_named(prefix: str, id: str) -> int:
     """The one document of a name; the first, if there are several, and says so."""
-    from titanling.data.ids import find_id, has_ids, ids_path
+    from titanling.data.ids import documents_named
 
-    if not has_ids(prefix):
-        raise UserError(f"{ids_path(prefix)}: no such file; prepare with data.prepare.id_field, or give --document")
-    found = find_id(prefix, id)
-    if not found:
-        raise UserError(f"--id {id}: no document of {prefix} has this name")
+    [found] = documents_named(id, [prefix], prefix, f"--id {id}")
     if len(found) > 1:
         print(cli.escape_controls(f"{id}: the name of {len(found)} documents ({', '.join(map(str, found[:20]))})"))
     return found[0]

@@ -46,12 +46,12 @@ def main() -> None:
             raise UserError("--text needs a tokenizer: set model.hf_assets_path, or --model.hf_assets_path FOLDER")
         print_step(source, arguments.step, sequences, tokenizer, arguments.json)
     elif arguments.id is not None:
-        from titanling.data.trace import documents_named
+        from titanling.data.trace import documents_with_id
 
         name, colon, id = arguments.id.partition(":")
         if not colon:
             raise UserError(f"--id {arguments.id}: must be SOURCE:ID, the ID as data.prepare.id_field gives it")
-        for document in documents_named(source, name, id):
+        for document in documents_with_id(source, name, id):
             print_document(source, name, document, config.training.steps, sequences, arguments.json)
     else:
         name, _, number = arguments.document.rpartition(":")

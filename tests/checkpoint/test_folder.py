@@ -264,4 +264,6 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint folder"):
         folder.read_manifest(tmp_path / "step-000001")
     shutil.rmtree(make(tmp_path, 1) / "model")
+    with pytest.raises(UserError, match="step-000002: no such checkpoint folder; there are step-000001$"):
+        folder.read_manifest(tmp_path / "step-000002")
     assert "model/a.safetensors: missing" in str(problem(tmp_path / "step-000001"))

@@ -65,6 +65,22 @@ def read_ids(prefix: str, documents: Sequence[int]) -> list[str | int]:
     return [found[document] for document in documents]
 
 
+def documents_named(id: str, prefixes: Sequence[str], what: str, asked: str) -> list[list[int]]:
+    """Of each prefix the documents that have this name. `what` they are of and what was `asked` are for messages.
+
+    Raises `UserError` if none has it, or none has any name.
+    """
+    if not any(map(has_ids, prefixes)):
+        raise UserError(
+            f"{asked}: the documents of {what} have no names; prepare it with data.prepare.id_field (--id-field), or"
+            " give --document"
+        )
+    found = [find_id(prefix, id) if has_ids(prefix) else [] for prefix in prefixes]
+    if not any(found):
+        raise UserError(f"{asked}: no document of {what} has this name")
+    return found
+
+
 def find_id(prefix: str, name: str) -> list[int]:
     """The documents of a name, a string or a whole number. Reads the file whole."""
     lines = {json.dumps(name, ensure_ascii=False).encode()}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titanling.data.ids import find_id, has_ids, read_ids
+from titanling.data.ids import documents_named, has_ids, read_ids
 from titanling.data.packing import PackedSource
 from titanling.data.sources import MixedSource, WindowSource
 from titanling.errors import UserError
@@ -100,19 +100,14 @@ def names(source: MixedSource, found: Iterable[Piece]) -> dict[tuple[str, int], 
     return result
 
 
-def documents_named(source: MixedSource, name: str, id: str) -> list[int]:
+def documents_with_id(source: MixedSource, name: str, id: str) -> list[int]:
     """The documents of a source that have this name. Raises UserError if there are none, or none with any name."""
-    windows = source.sources[_place(source, name, f"--id {name}:{id}")]
-    files = list(zip(windows.datasets, _first_documents(windows), strict=False))
-    if not any(has_ids(data.prefix) for data, _ in files):
-        raise UserError(
-            f'--id {name}:{id}: the documents of "{name}" have no names; prepare it with data.prepare.id_field'
-            " (--id-field), or give --document"
-        )
-    found = [first + number for data, first in files if has_ids(data.prefix) for number in find_id(data.prefix, id)]
-    if not found:
-        raise UserError(f'--id {name}:{id}: no document of "{name}" has this name')
-    return found
+    asked = f"--id {name}:{id}"
+    windows = source.sources[_place(source, name, asked)]
+    found = documents_named(id, [data.prefix for data in windows.datasets], f'"{name}"', asked)
+    return [
+        first + number for first, numbers in zip(_first_documents(windows), found, strict=False) for number in numbers
+    ]
 
 
 def _place(source: MixedSource, name: str, asked: str) -> int:
