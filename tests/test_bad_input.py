@@ -172,8 +172,11 @@ def test_what_needs_a_gpu(tmp_path: Path, tiny_data: TinyData, changes: dict[str
     refuse_config(tmp_path, tiny_data, changes, says, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
 
 
-def test_without_a_compiler_nothing_is_compiled_and_the_run_goes_on(tmp_path: Path, tiny_data: TinyData) -> None:
-    env = clean_env(PATH=str(tmp_path / "nothing"), CXX="")
+@pytest.mark.parametrize("changes", [{"PATH": "/nothing", "CXX": ""}, {"CXX": "/nothing/g++"}])
+def test_without_a_compiler_nothing_is_compiled_and_the_run_goes_on(
+    tmp_path: Path, tiny_data: TinyData, changes: dict[str, str]
+) -> None:
+    env = clean_env(**changes)
     run = run_train("--config", tiny_config(tmp_path, tiny_data, {"compile.enable": True}), env=env)
     assert run.returncode == 0, run.stderr
     (line,) = (line for line in run.stdout.splitlines() if line.startswith("compile: "))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -52,8 +53,8 @@ class CompileBlocks(Plan):
 
 
 def has_compiler() -> bool:
-    """Whether Inductor will find a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    """Whether Inductor will find the C++ compiler: where CXX is set it looks for no other (inductor.config.cpp.cxx)."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def uncompiled() -> AbstractContextManager[None]:
