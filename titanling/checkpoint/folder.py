@@ -265,7 +265,7 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest alone, as `read_manifest`."""
     with one_line(folder):
         if not folder.is_dir():
-            others = ", ".join(map(step_name, list_steps(folder.parent)))
+            others = ", ".join(map(step_name, list_steps(folder.parent)[-5:]))
             raise UserError(f"{folder}: no such checkpoint folder" + (f"; there are {others}" if others else ""))
         for path in sorted(folder.rglob("*")) if renames(folder) else ():
             if not _is_plain(path):
