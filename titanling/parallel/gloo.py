@@ -50,7 +50,12 @@ class SwapAndAdd(Buffers):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        """Sum or mean over the ranks of `input_tensor` (ranks × n), of which this rank's n go into `output_tensor`."""
+        """Sum or mean over the ranks of `input_tensor` (ranks × n), of which this rank's n go into `output_tensor`.
+
+        Raises ValueError for any other `op`, as gloo does: FSDP asks for one if its division of gradients is changed.
+        """
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            raise ValueError(f"{op}: FSDP's gradients can only be summed or averaged on CPUs")
         parts = input_tensor.chunk(group.size())
         mine = parts[group.rank()]
         received = [mine if part is mine else torch.empty_like(mine) for part in parts]
