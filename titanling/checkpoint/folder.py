@@ -292,15 +292,22 @@ def damage(
     for name in names:
         path, expected = folder / name, manifest[name]
         try:
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                return f"{path}: has {size} bytes instead of {expected['bytes']}"
-            if hashes and digest(path)["xxh3_128"] != expected["xxh3_128"]:
-                return f"{path}: its hash is not the one that the manifest recorded"
+            problem = mismatch(path, digest(path) if hashes else {**expected, "bytes": path.stat().st_size}, expected)
+            if problem is not None:
+                return problem
         except FileNotFoundError:
             return f"{path}: missing from the checkpoint"
         except failures(folder) as error:
             return f"{path}: cannot be read: {reason(error)}"
+    return None
+
+
+def mismatch(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file of this size and hash, or None."""
+    if found["bytes"] != expected["bytes"]:
+        return f"{path}: has {found['bytes']} bytes instead of {expected['bytes']}"
+    if found["xxh3_128"] != expected["xxh3_128"]:
+        return f"{path}: its hash is not the one that the manifest recorded"
     return None
 
 

@@ -1,7 +1,6 @@
 """Reading a checkpoint into live tensors, and finding out whether it is whole while it is read."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +8,11 @@ from torch import Tensor
 
 from titanling.checkpoint import folder
 from titanling.checkpoint.saving import Parts
-from titanling.checkpoint.shards import Shards
+from titanling.checkpoint.shards import Shards, Take, Written, take_all
 from titanling.checkpoint.state import read_state
 from titanling.errors import UserError
 from titanling.parallel.mesh import World
 from titanling.parallel.weights import local_part
-
-THREADS = 4
-
 
 CheckState = Callable[[Path, dict[str, Any]], list[str]]
 """(checkpoint, its state.json) → what to say about differences; raises UserError if the run cannot go on from it."""
@@ -58,30 +54,41 @@ def open_checkpoint(path: Path) -> Opened:
 
 
 def load_checkpoint(opened: Opened, parts: Parts, world: World, verify: bool) -> None:
-    """Fill this rank's pieces of `parts` from a checkpoint; this rank checks the hashes of its share of the files.
+    """Fill this rank's pieces of `parts` from a checkpoint; this rank checks the hashes of its share of their files.
 
     Raises UserError if a tensor is missing or a file of this rank's share is damaged; the tensors' values are then
     undefined.
     """
-    share = sorted(set(opened.manifest) - {folder.STATE})[world.rank :: world.size] if verify else []
+    names = sorted(name for name in opened.manifest if name.partition("/")[0] in parts)
+    share = names[world.rank :: world.size] if verify else []  # in the layout that saved it: the files that it wrote
     share.sort(key=lambda name: opened.manifest[name]["bytes"], reverse=True)  # the longest first: all cores end alike
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-verify") as pool:
-        checks = [pool.submit(folder.damage, opened.path, [name], opened.manifest) for name in share]
-        problem = None
-        try:
-            for part, tensors in parts.items():
-                read_tensors(Shards(opened.path / part), tensors)
-        except (UserError, *folder.failures(opened.path)) as error:
-            problem = str(error)
-        # A hash names the bad file better than what reading it stumbled over.
-        problem = next((found for check in checks if (found := check.result()) is not None), problem)
+    problem, read = None, dict[Path, Written]()
+    try:
+        takes = [take for part, tensors in parts.items() for take in _takes(Shards(opened.path / part), tensors)]
+        read = take_all(takes, [opened.path / name for name in share])
+    except (UserError, *folder.failures(opened.path)) as error:
+        problem = str(error)
+    # A hash names the bad file better than what reading it stumbled over.
+    problem = next((found for name in share if (found := _damage(opened, name, read)) is not None), problem)
     if problem is not None:
         raise UserError(problem)
 
 
+def _damage(opened: Opened, name: str, read: Mapping[Path, Written]) -> str | None:
+    """What is wrong with a file, or None; hashed here if it has not been read to its end."""
+    path = opened.path / name
+    if path in read:
+        return folder.mismatch(path, read[path]._asdict(), opened.manifest[name])
+    return folder.damage(opened.path, [name], opened.manifest)
+
+
 def read_tensors(shards: Shards, tensors: Mapping[str, Tensor]) -> None:
     """Fill this rank's pieces of tensors from files. Raises UserError where one is missing or has another shape."""
-    have = set(shards.names())
+    take_all(_takes(shards, tensors))
+
+
+def _takes(shards: Shards, tensors: Mapping[str, Tensor]) -> list[Take]:
+    have, takes = set(shards.names()), list[Take]()
     for name, tensor in tensors.items():
         if name not in have:
             raise UserError(f"{shards.folder}: has no tensor {name}")
@@ -90,11 +97,5 @@ def read_tensors(shards: Shards, tensors: Mapping[str, Tensor]) -> None:
                 f"{shards.folder}: {name} has the shape {list(shards.shape(name))}, this model wants"
                 f" {list(tensor.shape)}"
             )
-
-    def read(name: str, local: Tensor, offsets: list[int]) -> None:
-        if local.numel():
-            shards.read(name, local, offsets)
-
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
-        for reading in [pool.submit(read, name, *local_part(tensor)) for name, tensor in tensors.items()]:
-            reading.result()
+        takes += shards.takes(name, *local_part(tensor))
+    return takes

@@ -8,17 +8,16 @@ in the whole tensor each of its pieces begins. No rank needs to know what the ot
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from titanling.checkpoint.folder import new_hash, open_to_read
+from titanling.checkpoint.folder import new_hash, open_to_read, renames
 from titanling.errors import UserError
 
 SHARDING = "DCP_SHARDING_INFO"
@@ -35,8 +34,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+THREADS = 4
 CHUNK_BYTES = 2**24
-"""Bytes that are written, read or hashed at once: small beside memory, large beside the cost of a call."""
+"""Bytes that are written or sent for at once: small beside memory, large beside the cost of a call or a request."""
+CACHED_BYTES = 2**20
+"""Bytes that are read from a file system at once: hashing them finds them in a core's cache."""
 SCRATCH_BYTES = 2**20
 """Bytes that are converted at once: they stay in a core's cache between the file and their place."""
 LARGEST_HEADER = 100_000_000  # safetensors' own limit
@@ -110,6 +112,14 @@ class _Stored:
     start: int  # of its first byte in the file
 
 
+class Take(NamedTuple):
+    """What is wanted of a piece: a box in the whole tensor (begin and end along each dimension), and its place."""
+
+    piece: _Stored
+    box: list[tuple[int, int]]
+    target: Tensor
+
+
 class Shards:
     """The tensors in the safetensors files of one folder, whoever wrote which part of them; or in `files` of it only.
 
@@ -168,16 +178,89 @@ class Shards:
 
         Raises UserError if the tensor is not there, or not all of that rectangle.
         """
-        found = 0
-        for piece in self._stored.get(name, ()):
+        for take in self.takes(name, into, offsets):
+            _open_and_copy(take)
+
+    def takes(self, name: str, into: Tensor, offsets: Sequence[int]) -> list[Take]:
+        """What `read` would read, for `take_all`; nothing is read yet. Raises UserError as `read`."""
+        takes = []
+        for piece in self._stored.get(name, ()) if into.numel() else ():
             box = _overlap(piece, into.shape, offsets)
             if box is not None:
-                found += _copy(piece, box, into, offsets)
+                inside = tuple(slice(low - at, high - at) for (low, high), at in zip(box, offsets, strict=True))
+                takes.append(Take(piece, box, into.detach()[inside]))
+        found = sum(take.target.numel() for take in takes)
         if found != into.numel():
             raise UserError(
                 f"{self.folder}: holds {found:,} of the {into.numel():,} values of {name} that are needed; its files"
                 " are not all there"
             )
+        return takes
+
+
+def take_all(takes: Sequence[Take], hashed: Collection[Path] = ()) -> dict[Path, Written]:
+    """Do all of it, several files at a time; size and hash of the files in `hashed`, which are read whole, and once.
+
+    Of a piece in one of those, one box can be taken.
+    Raises UserError, or what opening and reading may raise.
+    """
+    of_file: dict[Path, list[Take]] = {path: [] for path in hashed}
+    for take in takes:
+        of_file.get(take.piece.path, []).append(take)
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
+        hashing = {path: pool.submit(_copy_and_hash, path, of_file[path]) for path in hashed}
+        copying = [pool.submit(_open_and_copy, take) for take in takes if take.piece.path not in hashing]
+        for copied in copying:
+            copied.result()
+        return {path: found.result() for path, found in hashing.items()}
+
+
+class Forward:
+    """A file that is read from its beginning to its end, and hashed on the way if that is wanted.
+
+    What has just been read is still in the core's cache, where hashing it costs next to nothing.
+    """
+
+    def __init__(self, path: Path, hashed: bool = False) -> None:
+        self._path, self._hasher = path, new_hash() if hashed else None
+        self._file = open_to_read(path)
+        self._at = 0
+        self._at_once = CACHED_BYTES if renames(path) else CHUNK_BYTES  # there, each read is a request
+
+    def __enter__(self) -> "Forward":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def skip_to(self, place: int) -> None:
+        """Go on at a later place in the file."""
+        if self._hasher is None:
+            self._file.seek(place)
+            self._at = place
+        else:
+            assert place >= self._at, "what is hashed is read forward only"
+            scratch = memoryview(bytearray(min(self._at_once, place - self._at)))
+            while self._at < place:
+                self.fill(scratch[: place - self._at])
+
+    def fill(self, part: memoryview) -> None:
+        """Fill `part` with the bytes that follow. Raises UserError if the file ends too early."""
+        done = 0
+        while done < len(part):
+            count = self._file.readinto(part[done : done + self._at_once])
+            if not count:
+                raise UserError(f"{self._path}: ends too early")
+            if self._hasher is not None:
+                self._hasher.update(part[done : done + count])
+            done += count
+        self._at += done
+
+    def finish(self) -> Written:
+        """Size and hash of the whole file, whose rest is read as well."""
+        assert self._hasher is not None, "only of a file that is hashed"
+        self.skip_to(max(self._at, self._path.stat().st_size))
+        return Written(self._at, self._hasher.hexdigest())
 
 
 def read_header(path: Path) -> Iterator[tuple[str, _Stored]]:
@@ -250,10 +333,22 @@ def _overlap(piece: _Stored, shape: Sequence[int], offsets: Sequence[int]) -> li
     return box if all(low < high for low, high in box) else None
 
 
-def _copy(piece: _Stored, box: list[tuple[int, int]], into: Tensor, offsets: Sequence[int]) -> int:
-    """Copy a box from a file to its place in `into`, a block of rows at a time; the number of values."""
-    inside = tuple(slice(low - at, high - at) for (low, high), at in zip(box, offsets, strict=True))
-    target = into.detach()[inside]
+def _open_and_copy(take: Take) -> None:
+    with Forward(take.piece.path) as file:
+        _copy(take, file)
+
+
+def _copy_and_hash(path: Path, takes: list[Take]) -> Written:
+    """Take from a file all that is wanted of it, in one pass that reads it whole."""
+    with Forward(path, hashed=True) as file:
+        for take in sorted(takes, key=lambda take: take.piece.start):
+            _copy(take, file)
+        return file.finish()
+
+
+def _copy(take: Take, file: Forward) -> None:
+    """Copy a box from a file to its place, a block of rows at a time."""
+    piece, box, target = take
     # As rows: everything behind the first dimension, of which the file has whole ones.
     rows, first = (box[0][1] - box[0][0], box[0][0] - piece.offsets[0]) if box else (1, 0)
     row_shape = piece.shape[1:]
@@ -261,28 +356,16 @@ def _copy(piece: _Stored, box: list[tuple[int, int]], into: Tensor, offsets: Seq
     columns = tuple(slice(low - at, high - at) for (low, high), at in zip(box[1:], piece.offsets[1:], strict=True))
     whole_rows = all((c.start, c.stop) == (0, n) for c, n in zip(columns, row_shape, strict=True))
     direct = whole_rows and target.is_contiguous() and target.dtype == piece.dtype and target.device.type == "cpu"
-    with open_to_read(piece.path) as file:
-        file.seek(piece.start + first * row_bytes)
-        if direct:
-            for part in split_bytes(as_bytes(target)):
-                _read_into(file, part, piece.path)
-            return target.numel()
-        at_once = max(1, SCRATCH_BYTES // max(1, row_bytes))
-        buffer = torch.empty((min(rows, at_once), *row_shape), dtype=piece.dtype)
-        for start in range(0, rows, at_once):
-            block = buffer[: min(at_once, rows - start)]
-            _read_into(file, as_bytes(block), piece.path)
-            if box:
-                target[start : start + len(block)] = block[(slice(None), *columns)]
-            else:
-                target.copy_(block[0])
-    return target.numel()
-
-
-def _read_into(file: RawIOBase, part: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(part):
-        count = file.readinto(part[done:])
-        if not count:
-            raise UserError(f"{path}: ends too early")
-        done += count
+    file.skip_to(piece.start + first * row_bytes)
+    if direct:
+        file.fill(as_bytes(target))
+        return
+    at_once = max(1, SCRATCH_BYTES // max(1, row_bytes))
+    buffer = torch.empty((min(rows, at_once), *row_shape), dtype=piece.dtype)
+    for start in range(0, rows, at_once):
+        block = buffer[: min(at_once, rows - start)]
+        file.fill(as_bytes(block))
+        if box:
+            target[start : start + len(block)] = block[(slice(None), *columns)]
+        else:
+            target.copy_(block[0])

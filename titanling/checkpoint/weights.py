@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titanling.checkpoint import folder
-from titanling.checkpoint.loading import THREADS, Opened, open_checkpoint, read_tensors
+from titanling.checkpoint.loading import Opened, open_checkpoint, read_tensors
 from titanling.checkpoint.names import check_tensors, saved_shape
-from titanling.checkpoint.shards import Shards
+from titanling.checkpoint.shards import THREADS, Shards
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 from titanling.errors import UserError
 from titanling.model.llama import Llama, build_on_meta
