@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +52,21 @@ class Size(NamedTuple):
 
 WHOLE = Size(10, 400, 10, stops.ALL, stops.SIGNALS, lost.ALL, 1000, worlds.CHAIN, 2048)
 SMOKE = Size(1, 20, 1, stops.ALL[4:5], (), lost.ALL[:1], 20, worlds.CHAIN[1:3], 0)
-Rows = Callable[[Path, TinyData, Size], list[Row]]
 
 
-def _kills(where: Path, data: TinyData, size: Size) -> list[Row]:
-    modes = [(ranks, mode) for ranks in (1, 2) for mode in ("disabled", "async")]
-    return [kills.kill_during_saves(where / f"{r}-{m}", data, r, m, size.kills) for r, m in modes]
+class Task(NamedTuple):
+    """A part of the table."""
+
+    make: Callable[[Path, TinyData, Size], list[Row]]
+    """(a folder of its own, data, how much of everything) → its rows."""
+    alone: bool = True
+    """Whether it needs both cores; else it is one process after another, and another task goes on beside it."""
+
+
+def _kills(ranks: int, mode: str) -> Task:
+    return Task(
+        lambda where, data, size: [kills.kill_during_saves(where, data, ranks, mode, size.kills)], alone=ranks > 1
+    )
 
 
 def _damage(where: Path, data: TinyData, size: Size) -> list[Row]:
@@ -67,32 +77,35 @@ def _damage(where: Path, data: TinyData, size: Size) -> list[Row]:
         return [*rows, hostile.meet_hostile_checkpoints(case)]
 
 
-def _stops(where: Path, data: TinyData, size: Size) -> list[Row]:
-    return [stops.stop_and_go_on(where / str(ranks), data, ranks, size.stops) for ranks in (1, 2)]
+def _stops(ranks: int) -> Task:
+    return Task(lambda where, data, size: [stops.stop_and_go_on(where, data, ranks, size.stops)], alone=ranks > 1)
 
 
-def _compile(where: Path, data: TinyData, size: Size) -> list[Row]:
-    numbers = size.compiled
-    tries = [(1, numbers), (2, numbers[:1])] if numbers else []
-    return [stops.stop_in_compile(where / str(ranks), data, ranks, some) for ranks, some in tries]
+def _compile(ranks: int, tries: int) -> Task:
+    def make(where: Path, data: TinyData, size: Size) -> list[Row]:
+        return [stops.stop_in_compile(where, data, ranks, size.compiled[:tries])] if size.compiled else []
+
+    return Task(make, alone=ranks > 1)
 
 
-def _twice(where: Path, data: TinyData, size: Size) -> list[Row]:
-    modes = ("disabled", "async") if size.large else ()
-    return [stops.stop_twice_in_a_save(where / mode, data, mode, size.large) for mode in modes]
+def _twice(mode: str) -> Task:
+    def make(where: Path, data: TinyData, size: Size) -> list[Row]:
+        return [stops.stop_twice_in_a_save(where, data, mode, size.large)] if size.large else []
+
+    return Task(make)
 
 
-ROWS: dict[str, Rows] = {
-    "kills": _kills,
-    "damage": _damage,
-    "disk": lambda where, data, size: [full_disk.fill_disk(where, data)],
-    "nan": lambda where, data, size: [worlds.poison_a_gradient(where, data, size.clean_steps)],
-    "lost": lambda where, data, size: [lost.lose_ranks(where, data, size.losses)],
-    "stops": _stops,
-    "compile": _compile,
-    "twice": _twice,
-    "worlds": lambda where, data, size: [worlds.change_worlds(where, data, size.chain)],
-    "hostile": lambda where, data, size: [hostile.meet_hostile_surroundings(where, data)],
+ROWS: dict[str, list[Task]] = {
+    "kills": [_kills(ranks, mode) for ranks in (1, 2) for mode in ("disabled", "async")],
+    "damage": [Task(_damage)],
+    "disk": [Task(lambda where, data, size: [full_disk.fill_disk(where, data)])],
+    "nan": [Task(lambda where, data, size: [worlds.poison_a_gradient(where, data, size.clean_steps)])],
+    "lost": [Task(lambda where, data, size: [lost.lose_ranks(where, data, size.losses)])],
+    "stops": [_stops(1), _stops(2)],
+    "compile": [_compile(1, 3), _compile(2, 1)],
+    "twice": [_twice("disabled"), _twice("async")],
+    "worlds": [Task(lambda where, data, size: [worlds.change_worlds(where, data, size.chain)])],
+    "hostile": [Task(lambda where, data, size: [hostile.meet_hostile_surroundings(where, data)])],
 }
 
 
@@ -107,17 +120,30 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="titanling-benchmark-") as temporary:
         data = make_tiny_data(Path(temporary) / "data")
-        for name in arguments.rows:
-            start = time.perf_counter()
-            where = Path(temporary) / name
-            where.mkdir()
-            found = ROWS[name](where, data, SMOKE if arguments.smoke else WHOLE)
-            say(f"{name}: {time.perf_counter() - start:.0f} s")
-            results["rows"] += [{**row._asdict(), "met": not row.failures} for row in found]
+        rows = run_tasks(arguments.rows, Path(temporary), data, SMOKE if arguments.smoke else WHOLE)
+        results["rows"] = [{**row._asdict(), "met": not row.failures} for row in rows]
     results["seconds"] = time.perf_counter() - began
     report(results)
     write_json(arguments.json, results)
     return int(not all(row["met"] for row in results["rows"]))
+
+
+def run_tasks(names: Sequence[str], where: Path, data: TinyData, size: Size) -> list[Row]:
+    """All rows of these names, in order: first what leaves a core free, two at a time, then what needs both."""
+    tasks = [(f"{name}-{number}", task) for name in names for number, task in enumerate(ROWS[name])]
+
+    def run(name: str, task: Task) -> list[Row]:
+        start = time.perf_counter()
+        (where / name).mkdir()
+        rows = task.make(where / name, data, size)
+        say(f"{name}: {time.perf_counter() - start:.0f} s")
+        return rows
+
+    with ThreadPoolExecutor(2) as pool:
+        beside = {name: pool.submit(run, name, task) for name, task in tasks if not task.alone}
+        found = {name: rows.result() for name, rows in beside.items()}
+    found |= {name: run(name, task) for name, task in tasks if task.alone}
+    return [row for name, _ in tasks for row in found[name]]
 
 
 def report(results: dict[str, Any]) -> None:

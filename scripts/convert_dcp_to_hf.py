@@ -27,7 +27,7 @@ def main() -> None:
     # Reading, converting, writing and hashing are threads already; OpenMP's would wait for each other, spinning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from titanling.checkpoint.export import export_to_hf  # torch takes seconds to import: not for --help
-    from titanling.checkpoint.folder import open_path
+    from titanling.checkpoint.remote import open_path
 
     files = export_to_hf(
         open_path(arguments.checkpoint),

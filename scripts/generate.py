@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from titanling import cli
-from titanling.checkpoint.folder import open_path
+from titanling.checkpoint.remote import open_path
 
 EXAMPLE = (
     "example: python scripts/generate.py --checkpoint outputs/debug/checkpoints/step-000200"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from titanling.checkpoint.folder import root_name, step_name
+from titanling.checkpoint.folder import step_name
+from titanling.checkpoint.remote import root_name
 from titanling.config import Config
 from titanling.data.token_files import facts
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from titanling import cli
-from titanling.checkpoint.folder import FULL, open_root, shortage
+from titanling.checkpoint.folder import FULL, shortage
+from titanling.checkpoint.remote import open_root
 from titanling.config import Config, load_config
 from titanling.config.arguments import parse_arguments
 from titanling.config.check import check_runnable, errors_name_the_file

@@ -10,7 +10,7 @@ import pytest
 from helpers import TinyData, run_train, tiny_config, tiny_settings
 from runs import Tensors, differing, live_tensors, open_trainer, rows
 
-from titanling.checkpoint import folder, saving
+from titanling.checkpoint import folder, remote, saving
 from titanling.checkpoint.compare import compare
 from titanling.checkpoint.inventory import find_root, prune, take_stock, verify
 from titanling.config import Config
@@ -27,7 +27,7 @@ SHARD = "model/shard-00001-of-00001.safetensors"
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An empty place of each kind that needs no server."""
     name = f"memory://{uuid.uuid4()}/run" if request.param == "memory" else f"{tmp_path.as_uri()}/bucket/run"
-    return folder.open_path(name)
+    return remote.open_path(name)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_train_resume_fall_back_prune_and_tools(
     with open_trainer(tmp_path, tiny_data, changes) as trainer:
         trainer.train()
         assert names(trainer.checkpointer.root) == ["step-000004", "step-000006"]
-    root = folder.open_path(url)
+    root = remote.open_path(url)
     damage(root / "step-000006" / SHARD)
     assert [len(verdict.bad) for verdict in verify([url])] == [0, 1]
     with open_trainer(tmp_path, tiny_data, {**changes, "training.steps": 8}) as trainer:
@@ -213,11 +213,11 @@ def lacking(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     lacking(monkeypatch, "upath")
     with pytest.raises(UserError, match=r"needs universal_pathlib s3fs: .*python\S* -m pip install universal_pathlib"):
-        folder.open_path("s3://bucket/run")
+        remote.open_path("s3://bucket/run")
     monkeypatch.undo()
     lacking(monkeypatch, "s3fs")
     with pytest.raises(UserError, match=r"not installed: .*python\S* -m pip install s3fs"):
-        folder.open_path("s3://bucket/run")
+        remote.open_path("s3://bucket/run")
 
 
 def test_unknown_storage_is_refused_before_torch(tmp_path: Path, tiny_data: TinyData) -> None:

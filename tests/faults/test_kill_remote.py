@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT, TinyData, clean_env, tiny_config
 from runs import differing, rows, saved_shards
 
-from titanling.checkpoint import folder
+from titanling.checkpoint import folder, remote
 
 pytest.importorskip("upath")
 STEPS = 16
@@ -78,7 +78,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path, tiny_data: TinyData, ran
     bucket = tmp_path / "bucket"
     config = tiny_config(tmp_path / "killed", tiny_data, {**CHANGES, "checkpoint.folder": bucket.as_uri()})
     half = kill_in_a_save(config, ranks, bucket)
-    root = folder.open_path(bucket.as_uri())
+    root = remote.open_path(bucket.as_uri())
     whole = folder.list_steps(root)
     assert folder.parse_name(half)[0] not in whole
     for step in whole:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanling.checkpoint import folder
+from titanling.checkpoint import folder, remote
 from titanling.checkpoint.agreement import Agreement
 from titanling.checkpoint.loading import CheckState, Opened, Restored, agreed, load_checkpoint, open_checkpoint
 from titanling.checkpoint.saving import Parts, Retention, Save, Staging
@@ -32,7 +32,7 @@ class Checkpointer:
         warn: Callable[[str], None],
     ) -> None:
         self.settings, self.world = settings, world
-        self.root = folder.open_root(run_folder, settings.folder)
+        self.root = remote.open_root(run_folder, settings.folder)
         self._say, self._warn = say, warn
         self._agreement = Agreement(world)
         self._async = settings.async_mode != "disabled"

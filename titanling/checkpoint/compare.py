@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanling.checkpoint import folder
-from titanling.checkpoint.describe import PARTS
+from titanling.checkpoint import folder, remote
 from titanling.checkpoint.shards import NAMES, Shards
 from titanling.checkpoint.state import read_state
 from titanling.checkpoint.text import columns, counted
@@ -37,12 +36,12 @@ class Difference:
 
 def compare(first: str, second: str) -> Difference:
     """Compare configs, states and tensors. Raises UserError if one is no checkpoint or its files are cut."""
-    paths = [folder.open_path(name) for name in (first, second)]
+    paths = [remote.open_path(name) for name in (first, second)]
     left, right = (read_state(path, folder.read_manifest(path)) for path in paths)
     found = Difference()
     found.config = list(_values(left.pop("config"), right.pop("config")))
     found.state = list(_values(left, right))
-    for part in PARTS:
+    for part in folder.PARTS:
         _compare_part(*(Shards(path / part) for path in paths), part, found)
     return found
 

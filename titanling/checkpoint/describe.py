@@ -4,14 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from titanling.checkpoint import folder
+from titanling.checkpoint import folder, remote
 from titanling.checkpoint.inventory import saved_at, saved_by
 from titanling.checkpoint.state import read_state
 from titanling.checkpoint.text import columns, counted, moment, size
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
-
-PARTS = ("model", "optimizer")
 
 
 def inspect(name: str, tensors: bool = False) -> str:
@@ -19,7 +17,7 @@ def inspect(name: str, tensors: bool = False) -> str:
 
     Raises UserError if it is no checkpoint, or manifest or state are damaged.
     """
-    path = folder.open_path(name)
+    path = remote.open_path(name)
     manifest = folder.read_manifest(path)
     state = read_state(path, manifest)
     try:
@@ -103,7 +101,7 @@ def _table(path: Path) -> list[tuple[str, ...]]:
     from titanling.checkpoint.shards import NAMES, Shards  # torch takes seconds to import: only for this table
 
     rows = [("tensor", "part", "type", "shape", "bytes", "divided")]
-    for part in PARTS:
+    for part in folder.PARTS:
         shards = Shards(path / part)
         for name in shards.names():
             shape, dtype, places = shards.shape(name), shards.dtype(name), shards.places(name)

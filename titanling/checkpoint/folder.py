@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from titanling.checkpoint.remote import RemoteFile
+from titanling.checkpoint.remote import RemoteFile, reason
 from titanling.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -29,51 +28,12 @@ new_hash = xxhash.xxh3_128
 times as fast as SHA-256, so that it hides behind reading and writing."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
+PARTS = ("model", "optimizer")
+"""Folders of tensor files."""
 CHUNK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
 _SUFFIXED = re.compile(r"step-(\d{6,})(?:\.(\w+))?")
 _LEFTOVER = re.compile(r"step-\d{6,}\.(partial|deleted)")
-# Kind of storage → the package that fsspec reaches it with.
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-}
-
-
-def root_name(run_folder: Path, name: str) -> str:
-    """The folder of a run's checkpoints: `name` below the run folder, or a URL such as s3://bucket/run."""
-    return name.rstrip("/") if "://" in name else str(run_folder / name)
-
-
-def open_root(run_folder: Path, name: str) -> Path:
-    """The same as a path. Raises UserError if the URL's kind of storage is unknown, not installed or not in reach."""
-    return open_path(root_name(run_folder, name))
-
-
-def open_path(name: str) -> Path:
-    """A local path, or for a URL its counterpart of universal_pathlib. Raises UserError as `open_root` does."""
-    if "://" not in name:
-        return Path(name)
-    package, pip = _PACKAGES.get(name.partition("://")[0]), f"{sys.executable} -m pip install"
-    try:
-        from upath import UPath
-    except ImportError:
-        needed = " ".join(["universal_pathlib", *([package] if package else [])])
-        raise UserError(f"{name}: storage named by a URL needs {needed}: {pip} {needed}") from None
-    try:
-        path = UPath(name, use_listings_cache=False)  # a listing must hold what other ranks have written
-        path.exists()
-    except ImportError as error:
-        install = f"{pip} {package}" if package else str(error)
-        raise UserError(f"{name}: this kind of storage needs a package that is not installed: {install}") from None
-    except Exception as error:  # each storage has its own
-        raise UserError(f"{name}: this storage cannot be used: {reason(error)}") from None
-    return path
 
 
 def renames(path: Path) -> bool:
@@ -84,11 +44,6 @@ def renames(path: Path) -> bool:
 def failures(path: Path) -> tuple[type[Exception], ...]:
     """What reading or writing there may raise when the storage fails: each client of a URL has its own errors."""
     return (OSError,) if renames(path) else (Exception,)
-
-
-def reason(error: Exception) -> str:
-    """Why something failed, in words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 @contextmanager

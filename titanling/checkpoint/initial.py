@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from titanling.checkpoint import folder
+from titanling.checkpoint import folder, remote
 from titanling.checkpoint.hf_folder import open_hf_folder
 from titanling.checkpoint.loading import Restored, agreed, load_checkpoint, open_checkpoint, read_tensors
 from titanling.checkpoint.resume import check_model, check_resumable
@@ -35,7 +35,7 @@ def load_initial(
     """
     if settings.initial_load_path is None:
         return None
-    path = folder.open_path(settings.initial_load_path)
+    path = remote.open_path(settings.initial_load_path)
     found: list[Restored] = []
 
     def load() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli
 
-from titanling.checkpoint import folder
+from titanling.checkpoint import folder, remote
 from titanling.checkpoint.state import read_state
 from titanling.errors import UserError
 
@@ -78,14 +78,14 @@ def find_root(name: str) -> Path:
 
     Raises UserError if it is neither a run folder nor a folder of checkpoints.
     """
-    path = folder.open_path(name)
+    path = remote.open_path(name)
     if not path.is_dir():
         raise UserError(f"{name}: no such folder")
     config = path / "config.toml"
     if config.is_file():
         try:
             table = tomli.loads(config.read_text(encoding="utf-8")).get("checkpoint", {})
-            return folder.open_root(path, table.get("folder", DEFAULT_FOLDER))
+            return remote.open_root(path, table.get("folder", DEFAULT_FOLDER))
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{config}: cannot be read: {error}") from None
     if (path / DEFAULT_FOLDER).is_dir():
@@ -203,7 +203,7 @@ def _bytes(path: Path) -> int:
 
 
 def _checkpoints(name: str) -> list[Path]:
-    path = folder.open_path(name)
+    path = remote.open_path(name)
     if (path / folder.MANIFEST).exists() or (folder.parse_name(path.name) and path.is_dir()):
         return [path]
     root = find_root(name)

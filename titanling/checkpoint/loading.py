@@ -59,7 +59,8 @@ def load_checkpoint(opened: Opened, parts: Parts, world: World, verify: bool) ->
     Raises UserError if a tensor is missing or a file of this rank's share is damaged; the tensors' values are then
     undefined.
     """
-    names = sorted(name for name in opened.manifest if name.partition("/")[0] in parts)
+    skipped = {folder.STATE, *folder.PARTS} - {*parts}
+    names = sorted(name for name in opened.manifest if name.partition("/")[0] not in skipped)
     share = names[world.rank :: world.size] if verify else []  # in the layout that saved it: the files that it wrote
     share.sort(key=lambda name: opened.manifest[name]["bytes"], reverse=True)  # the longest first: all cores end alike
     problem, read = None, dict[Path, Written]()

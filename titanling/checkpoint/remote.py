@@ -1,7 +1,21 @@
-"""Reading a file in storage that is named by a URL, a range of bytes at a time."""
+"""Where checkpoints lie: a local folder, or storage named by a URL, whose files are read a range of bytes at a time."""
 
 import io
+import sys
 from pathlib import Path
+
+from titanling.errors import UserError
+
+# Kind of storage → the package that fsspec reaches it with.
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 
 
 class RemoteFile(io.RawIOBase):
@@ -35,3 +49,39 @@ class RemoteFile(io.RawIOBase):
             buffer[:count] = data
             self._at += count
         return count
+
+
+def root_name(run_folder: Path, name: str) -> str:
+    """The folder of a run's checkpoints: `name` below the run folder, or a URL such as s3://bucket/run."""
+    return name.rstrip("/") if "://" in name else str(run_folder / name)
+
+
+def open_root(run_folder: Path, name: str) -> Path:
+    """The same as a path. Raises UserError if the URL's kind of storage is unknown, not installed or not in reach."""
+    return open_path(root_name(run_folder, name))
+
+
+def open_path(name: str) -> Path:
+    """A local path, or for a URL its counterpart of universal_pathlib. Raises UserError as `open_root` does."""
+    if "://" not in name:
+        return Path(name)
+    package, pip = _PACKAGES.get(name.partition("://")[0]), f"{sys.executable} -m pip install"
+    try:
+        from upath import UPath
+    except ImportError:
+        needed = " ".join(["universal_pathlib", *([package] if package else [])])
+        raise UserError(f"{name}: storage named by a URL needs {needed}: {pip} {needed}") from None
+    try:
+        path = UPath(name, use_listings_cache=False)  # a listing must hold what other ranks have written
+        path.exists()
+    except ImportError as error:
+        install = f"{pip} {package}" if package else str(error)
+        raise UserError(f"{name}: this kind of storage needs a package that is not installed: {install}") from None
+    except Exception as error:  # each storage has its own
+        raise UserError(f"{name}: this storage cannot be used: {reason(error)}") from None
+    return path
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

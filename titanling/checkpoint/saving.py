@@ -26,7 +26,7 @@ from titanling.parallel.weights import is_writer, local_part
 
 Tensors = Mapping[str, Tensor]
 Parts = Mapping[str, Tensors]
-"""Part of a checkpoint, "model" or "optimizer" → its tensors as this rank holds them, by name."""
+"""Part of a checkpoint (folder.PARTS) → its tensors as this rank holds them, by name."""
 NICENESS = 10  # a step on a CPU whose cores are all needed is 1.4 × as long while a save is written, not 2.4 ×
 FILE_BYTES = 2**29
 """Where a rank begins another file. Whoever reads them hashes several at a time."""
