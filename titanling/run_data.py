@@ -36,7 +36,13 @@ def open_run_data(path: str, overrides: Sequence[str], world_size: int) -> RunDa
     with errors_name_the_file(loaded):
         check_runnable(config)
         _, degrees = resolve_layout(
-            config.model, config.parallelism, config.training, config.validation, config.compile, world_size
+            config.model,
+            config.parallelism,
+            config.training,
+            config.data,
+            config.validation,
+            config.compile,
+            world_size,
         )
         sequences = sequences_per_step(config.training, degrees.dp)
         source = open_sources(config.data, config.training.seq_len, config.debug.seed, sequences)

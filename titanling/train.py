@@ -69,7 +69,7 @@ def check(config: Config) -> tuple[LlamaShape, Degrees]:
     """Everything that can be checked without torch, as UserErrors; rank 0 makes the data where it is missing."""
     check_runnable(config)
     shape, degrees = resolve_layout(
-        config.model, config.parallelism, config.training, config.validation, config.compile, world_size()
+        config.model, config.parallelism, config.training, config.data, config.validation, config.compile, world_size()
     )
     if os.environ.get("RANK", "0") == "0":
         _check_run_folder(config)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
 from titanling.data.audit import AuditLog
 from titanling.data.documents import separate_documents
-from titanling.data.loader import validation_batches
+from titanling.data.loader import cut_rows, validation_batches
 from titanling.data.prepare.tokenizer import load_tokenizer
 from titanling.data.token_files import facts, open_files
 from titanling.data.training_text import open_training_text
@@ -123,7 +124,7 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.peak_flops = peak_flops(name, training.mixed_precision_param)
         with_head = shape.matmul_params + shape.embedding_params
-        self.flops = flops_per_token(with_head, shape.n_layers, shape.n_heads, shape.head_dim, training.seq_len)
+        self.flops = partial(flops_per_token, with_head, shape.n_layers, shape.n_heads, shape.head_dim)
         self.metrics = MetricsLogger(
             self.config.metrics,
             self.run_folder,
@@ -261,9 +262,11 @@ class Trainer:
             torch.manual_seed(seed % 2**63)
         sample = 0 if self.audit is None else self.text.loader.dataset.samples
         micro_batches = self.text.read(self.batches, self.accumulation, self.world.gather)
-        read = [separate_documents(batch, self.eod_id) for batch in micro_batches]
         if self.audit is not None:
-            self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in read])
+            self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in micro_batches])
+        cut = self.text.mixture.seq_len_at(self.tokens_seen // training.seq_len)
+        self.seq_len = cut or training.seq_len
+        read = [separate_documents(cut_rows(batch, cut), self.eod_id) for batch in micro_batches]
         batches = list(map(self._to_device, read))
         valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
@@ -370,8 +373,9 @@ class Trainer:
         row |= {"tokens_per_second": rate.tokens_per_second, "step_seconds": rate.step_seconds}
         if self.peak_flops is not None:
             speed = rate.tokens_per_second / self.world.size
-            row["mfu_full"] = mfu(speed, self.flops.full, self.peak_flops)
-            row["mfu_causal"] = mfu(speed, self.flops.causal, self.peak_flops)
+            flops = self.flops(self.seq_len)
+            row["mfu_full"] = mfu(speed, flops.full, self.peak_flops)
+            row["mfu_causal"] = mfu(speed, flops.causal, self.peak_flops)
         if self.scaler.enabled:
             row["loss_scale"] = self.scaler.scale.item()
         self.metrics.log_step(row)

@@ -322,8 +322,8 @@ def test_one_of_several_tables_is_changed_by_its_place(tmp_path: Path) -> None:
     loaded = load_config(path, {"data.stages.1.from_step": 12, "data.sources.0.max_epochs": 2.0})
     assert [stage.from_step for stage in loaded.config.data.stages] == [9, 12]
     assert [source.max_epochs for source in loaded.config.data.sources] == [2.0, None]
-    assert "command line: data.stages.from_step = 0: must be at least 1" in refusal(
-        path, {"data.stages.0.from_step": 0}
+    assert "command line: data.stages.from_step = -1: must be at least 0" in refusal(
+        path, {"data.stages.0.from_step": -1}
     )
     assert "there are 2 [[data.stages]]" in refusal(path, {"data.stages.2.from_step": 5})
     assert "data.stages = 3: must be a list" in refusal(write(tmp_path, "b.toml", "[data]\nstages = 3"), {})

@@ -14,7 +14,7 @@ import torch
 from data_helpers import run_python, write_documents
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.loader import BatchStream, Prefetcher, build_loader, validation_batches
+from titanling.data.loader import BatchStream, Prefetcher, build_loader, cut_rows, validation_batches
 from titanling.data.sources import WindowSource, count_windows
 from titanling.errors import UserError
 from titanling.loss import IGNORE_INDEX
@@ -79,6 +79,17 @@ def test_labels_are_one_token_ahead(counting: Counting) -> None:
             assert tensor.shape == (3, SEQ_LEN) and tensor.dtype == torch.int64 and tensor.is_contiguous()
         assert torch.equal(batch["labels"], batch["input_ids"] + 1)
         assert torch.all(batch["input_ids"][:, 1:] == batch["input_ids"][:, :1] + torch.arange(1, SEQ_LEN))
+
+
+def test_rows_are_cut_into_shorter_ones(counting: Counting) -> None:
+    """No token and no label is lost; what is cut off from its document's beginning counts from 0."""
+    batch = next(iter(build_loader(WindowSource([counting(40)], 8, 5), 2)))
+    cut = cut_rows(batch | {"positions": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5]])}, 4)
+    assert torch.equal(cut["input_ids"].flatten(), batch["input_ids"].flatten())
+    assert torch.equal(cut["labels"].flatten(), batch["labels"].flatten())
+    assert torch.equal(cut["labels"][0], cut["input_ids"][0] + 1)
+    assert cut["positions"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 2, 3]]
+    assert cut_rows(batch, None) is batch
 
 
 def test_both_token_types(tmp_path: Path) -> None:

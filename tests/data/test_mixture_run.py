@@ -107,7 +107,30 @@ def test_a_stage_edited_into_a_running_job(whole: Path, tmp_path: Path, tiny_dat
     assert run_train("--config", later, "--training.steps=10").returncode == 0
 
 
+def test_a_stage_with_shorter_rows(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:
+    """Cut from what the run without it reads; on two ranks as on one; and no such stage may be edited into the past."""
+    swap = {"from_step": 5, "weights": {"x": 1.0, "y": 3.0}}
+    stages = [{"from_step": 2, "seq_len": 16}, swap | {"seq_len": 32}, {"from_step": 7, "seq_len": 8}]
+    settings = {"data__stages": stages, "data__packing": "concat"}
+    path = config(tmp_path, tiny_data, **settings)
+    first = run_train("--config", path, "--training.steps=3")
+    assert first.returncode == 0, first.stderr
+    assert "cut into rows of 16 tokens from step 2, of 32 tokens from step 5, of 8 tokens from step 7" in first.stdout
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000003")
+    command = ("-m", "titanling.launch", "--", "--config", path, "--parallelism.data_parallel_shard_degree=-1")
+    rest = run_python(*command, "--training.local_batch_size=1", env=clean_env(NGPU="2"))
+    assert rest.returncode == 0, rest.stderr
+    alone = config(tmp_path / "alone", tiny_data, **settings)
+    assert run_train("--config", alone).returncode == 0
+    assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    stages[0]["seq_len"] = 8
+    refused = run_train("--config", config(tmp_path, tiny_data, "other.toml", **settings))
+    assert refused.returncode == 2 and "in rows of 16 from token" in refused.stderr, refused.stderr
+
+
 BAD = {
+    "nothing changes": ({"data__stages": [{"from_step": 5}]}, "weights or seq_len must say what a stage changes"),
+    "rows that do not fit": ({"data__stages": [stage(5) | {"seq_len": 5}]}, "does not divide training.seq_len = 32"),
     "weight of nothing": ({"data__sources": [{"name": "x", "paths": ["x"], "weight": 0.0}]}, "weight = 0.0: must be"),
     "unknown source": ({"data__stages": [stage(5, z=1.0)]}, 'data.stages gives a weight to "z"'),
     "negative weight": ({"data__stages": [stage(5, x=-1.0)]}, "must be greater than 0"),

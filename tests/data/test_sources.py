@@ -13,7 +13,15 @@ from data_helpers import run_python, write_documents
 
 from titanling.config.schema import Data, Source
 from titanling.data.indexed import IndexedDataset
-from titanling.data.sources import MixedSource, check_epochs, check_sources, describe, open_sources, prefixes_of
+from titanling.data.sources import (
+    MixedSource,
+    check_epochs,
+    check_sources,
+    describe,
+    identity,
+    open_sources,
+    prefixes_of,
+)
 from titanling.data.trace import pieces, samples_of_step, sights
 from titanling.errors import UserError
 
@@ -155,6 +163,33 @@ def test_what_a_run_reads_is_said(mixed: MixedSource) -> None:
     assert lines[2].split() == "b 0.00 % → 75.00 % → 25.00 % of 80 tokens, read".split() + lines[2].split()[-4:]
     for line, epochs in zip(lines[1:], mixed.epochs(800), strict=True):
         assert line.endswith(f"read {epochs:.2f} times in all")
+
+
+def test_stages_that_cut_sequences_into_rows(root: Path) -> None:
+    """Weights and lengths stay as they were where a stage does not set them; what is read is the same."""
+    stages = [
+        {"from_step": 0, "seq_len": 2},
+        {"from_step": 2, "weights": {"a": 1.0}},
+        {"from_step": 3, "seq_len": SEQ_LEN},
+        {"from_tokens": 200, "seq_len": 1},
+    ]
+    cut = open_sources(data(root, stages=stages), SEQ_LEN, 5, 8)
+    found = [(span.start, span.weights, span.seq_len) for span in cut.mixture.spans]
+    (first,) = {weights for start, weights, _ in found if start == 0}
+    assert [(start, seq_len) for start, _, seq_len in found] == [(0, 2), (16, 2), (24, None), (50, 1)]
+    assert [weights for _, weights, _ in found] == [first] + [(1, 0, 0)] * 3
+    assert [cut.mixture.seq_len_at(sample) for sample in (0, 23, 24, 49, 50, 10**12)] == [2, 2, None, None, 1, 1]
+    assert [stage.get("seq_len") for stage in identity(cut)["stages"]] == [2, 2, None, 1]
+    says, shares = describe(cut, 100, 8)[:2]
+    assert says == (
+        "data: 4 tokens are read together, cut into rows of 2 tokens from step 0, of 4 tokens from step 3, of 1 tokens"
+        " from step 6.25"
+    )
+    assert shares.endswith("their shares change at step 2")
+    whole = open_sources(data(root, stages=[stages[1]]), SEQ_LEN, 5, 8)
+    assert np.array_equal(cut.batch(np.arange(24))["input_ids"], whole.batch(np.arange(24))["input_ids"])
+    with pytest.raises(UserError, match="seq_len = 3 of the one from step 1 does not divide training.seq_len = 4"):
+        open_sources(data(root, stages=[{"from_step": 1, "seq_len": 3}]), SEQ_LEN, 5, 8)
 
 
 def test_repeated_text(root: Path) -> None:

@@ -27,6 +27,13 @@ MODELS: dict[str, Settings] = {
         "model.tie_embeddings": False,
         "data.document_mask": "causal",
     },
+    "cut into shorter rows": {
+        "model.vocab_size": 323,
+        "model.n_layers": 4,
+        "model.tie_embeddings": False,
+        "data.document_mask": "causal",
+        "data.stages": [{"from_step": step, "seq_len": length} for step, length in ((0, 16), (1, 32), (2, 8))],
+    },
     "smoothed": {
         "model.vocab_size": 321,
         "model.tie_embeddings": False,
@@ -109,7 +116,7 @@ def two_ranks() -> dict[str, Case]:
         "pp, smoothed": Case("smoothed", pipeline()),
     }
     for name in ("fsdp", "tp", "cp", "pp"):
-        cases[f"{name}, masked"] = Case("masked", alone[name], "op", accumulation=2)
+        cases[f"{name}, masked, cut"] = Case("cut into shorter rows", alone[name], "op", accumulation=2)
     layers = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
     cases["pp, ZBVZeroBubble, masked"] = Case("masked", pipeline("ZBVZeroBubble", **layers))
     for index, schedule in enumerate(SCHEDULES):

@@ -71,6 +71,7 @@ def _file_words(key: str) -> str:
 def _stages(data: dict[str, Any]) -> str:
     return ", ".join(
         " : ".join(f"{name} {weight}" for name, weight in stage["weights"].items())
+        + (f" in rows of {stage['seq_len']:,}" if "seq_len" in stage else "")
         + f" from token {stage['start'] * data['seq_len']:,}"
         for stage in data["stages"]
     )

@@ -732,19 +732,25 @@ class Source(Table):
 
 
 class Stage(Table):
-    """From a step on, other weights. Each source goes on where it is: no text is left out or comes again."""
+    """From a step on, other weights or shorter sequences. Sources go on where they are; what is not set stays so."""
 
-    from_step: int | None = Field(None, ge=1)
-    """Steps before it. Needs training.global_batch_size wherever the number of processes may change."""
+    from_step: int | None = Field(None, ge=0)
+    """Steps before it; 0: from the beginning, instead of the sources' own weights. Needs training.global_batch_size
+    wherever the number of processes may change."""
     from_tokens: int | None = Field(None, ge=1)
     """Tokens before it, rounded up to whole sequences; instead of from_step."""
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Name of a source → weight. Sources that it leaves out are not read in this stage."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens that see each other. Divides training.seq_len, the longest: every sequence of a step is cut into rows of
+    so many tokens, and a step has as many tokens as before. At first training.seq_len."""
 
     @model_validator(mode="after")
     def _check(self) -> "Stage":
         if (self.from_step is None) == (self.from_tokens is None):
             raise ValueError("from_step or from_tokens must say where a stage begins, and not both")
+        if not self.weights and self.seq_len is None:
+            raise ValueError("weights or seq_len must say what a stage changes")
         return self
 
 

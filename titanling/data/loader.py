@@ -108,6 +108,19 @@ def build_loader(
         return StatefulDataLoader(stream, batch_size=None, num_workers=0)
 
 
+def cut_rows(batch: Batch, seq_len: int | None) -> Batch:
+    """The batch with each row cut into rows of `seq_len` tokens, which see nothing of each other; None: as it is.
+
+    Raises RuntimeError if the rows cannot be divided so.
+    """
+    if seq_len is None:
+        return batch
+    rows = {name: tensor.reshape(-1, seq_len) for name, tensor in batch.items()}
+    if "positions" in rows:  # of a document that began in an earlier row, a row has what comes then, from 0 on
+        rows["positions"] = torch.minimum(rows["positions"], torch.arange(seq_len))
+    return rows
+
+
 def validation_batches(
     dataset: Tokens,
     seq_len: int,

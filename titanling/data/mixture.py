@@ -28,6 +28,8 @@ class Span:
     """Its first sample of the run."""
     weights: tuple[int, ...]
     """Of every source, in their order; 0: not read. Without a common divisor."""
+    seq_len: int | None = None
+    """Its samples are cut into rows of so many tokens; None: they stay whole."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class Mixture:
             found = self._block(span, block)
             sources[here], numbers[here] = found.sources[slots[here]], found.numbers[slots[here]]
         return sources, numbers
+
+    def seq_len_at(self, sample: int) -> int | None:
+        """The `seq_len` of the span that a sample is in."""
+        return self.spans[int(np.searchsorted(self._starts, sample, side="right")) - 1].seq_len
 
     def counts(self, samples: int) -> list[int]:
         """How many of the run's first `samples` come from each source."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from titanling.config.schema import Data, Source
+from titanling.config.schema import Data, Source, Stage
 from titanling.data.mixture import Mixture, Span, whole_weights
 from titanling.data.order import Permutation, order_key
 from titanling.data.packing import Arrays, PackedSource, Part, packed_batch
@@ -216,25 +216,37 @@ def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSo
 
 
 def spans_of(data: Data, sources: Sequence[Source], seq_len: int, sequences: int) -> list[Span]:
-    """The stages of a run in samples; weights in the order of `sources`. Raises UserError if they are not in order."""
+    """The stages of a run in samples; weights in the order of `sources`.
+
+    Raises UserError if they are not in order, or one's sequences cannot be cut from those of `seq_len`.
+    """
     names = [source.name for source in sources]
     first = {source.name: source.weight or 0.0 for source in sources}
-    first = {names[0]: 1.0} if len(names) == 1 else first
-    stages = [(0, first)]
+    weights, length = {names[0]: 1.0} if len(names) == 1 else first, seq_len
+    stages = {0: (weights, length)}
     for stage in data.stages:
-        start = (stage.from_step or 0) * sequences or ceil((stage.from_tokens or 0) / seq_len)
-        if start <= stages[-1][0]:
+        start, last = (stage.from_step or 0) * sequences or ceil((stage.from_tokens or 0) / seq_len), max(stages)
+        if start <= last and not start == last == 0 == stage.from_step:
             raise UserError(
-                f"data.stages: the one from {_named(stage.from_step, stage.from_tokens)} begins with sequence"
-                f" {start:,}, not after the one before it, at {stages[-1][0]:,} (a step takes {sequences:,} sequences"
+                f"data.stages: the one from {_named(stage)} begins with sequence"
+                f" {start:,}, not after the one before it, at {last:,} (a step takes {sequences:,} sequences"
                 f" of {seq_len:,} tokens); put them in order"
             )
-        stages.append((start, stage.weights))
-    return [Span(start, whole_weights([weights.get(name, 0.0) for name in names])) for start, weights in stages]
+        weights, length = stage.weights or weights, stage.seq_len or length
+        if seq_len % length:
+            raise UserError(
+                f"data.stages: seq_len = {length} of the one from {_named(stage)} does not divide training.seq_len ="
+                f" {seq_len}, whose sequences it cuts into rows; set the latter to the longest of all stages"
+            )
+        stages[start] = weights, length
+    return [
+        Span(start, whole_weights([weights.get(name, 0.0) for name in names]), None if length == seq_len else length)
+        for start, (weights, length) in stages.items()
+    ]
 
 
-def _named(step: int | None, tokens: int | None) -> str:
-    return f"step {step:,}" if step is not None else f"token {tokens:,}"
+def _named(stage: Stage) -> str:
+    return f"step {stage.from_step:,}" if stage.from_step is not None else f"token {stage.from_tokens:,}"
 
 
 def check_sources(data: Data, vocab_size: int, tokenizer_sha256: str | None, seq_len: int) -> str | None:
@@ -318,15 +330,17 @@ def stages_of(mixture: Mixture, names: Sequence[str]) -> list[dict[str, Any]]:
     """The stages for a checkpoint to be compared with; `names` are those of the sources, in the mixture's order."""
     return [
         {"start": span.start, "weights": {name: w for name, w in zip(names, span.weights, strict=True) if w}}
+        | ({} if span.seq_len is None else {"seq_len": span.seq_len})
         for span in mixture.spans
     ]
 
 
 def describe(source: MixedSource, steps: int, sequences: int) -> list[str]:
     """Lines that say what a run reads: share in every stage, tokens and epochs of each source."""
+    lines = lengths_of(source.mixture, source.seq_len, sequences)
     if len(source.sources) == 1:
-        return []
-    lines = [f"data: {len(source.sources)} sources{changes_of(source.mixture, sequences)}"]
+        return lines
+    lines.append(f"data: {len(source.sources)} sources{changes_of(source.mixture, sequences)}")
     width = max(len(windows.name) for windows in source.sources)
     for place, (windows, epochs) in enumerate(zip(source.sources, source.epochs(steps * sequences), strict=True)):
         shares = shares_of(source.mixture, place)
@@ -335,10 +349,26 @@ def describe(source: MixedSource, steps: int, sequences: int) -> list[str]:
     return lines
 
 
+def lengths_of(mixture: Mixture, seq_len: int, sequences: int) -> list[str]:
+    """A line that says from when sequences are how long; none if they are all whole."""
+    changes, last = [], seq_len
+    for span in mixture.spans:
+        length = span.seq_len or seq_len
+        if length != last:
+            changes.append(f"{length:,} tokens from step {_step(span.start, sequences)}")
+        last = length
+    return [f"data: {seq_len:,} tokens are read together, cut into rows of {', of '.join(changes)}"] if changes else []
+
+
 def changes_of(mixture: Mixture, sequences: int) -> str:
     """In words, when the shares of sources change; nothing if they never do."""
-    starts = ", ".join(f"step {span.start / sequences:,.6g}" for span in mixture.spans[1:])
+    pairs = zip(mixture.spans, mixture.spans[1:], strict=False)
+    starts = ", ".join(f"step {_step(s.start, sequences)}" for before, s in pairs if s.weights != before.weights)
     return f"; their shares change at {starts}" if starts else ""
+
+
+def _step(start: int, sequences: int) -> str:
+    return f"{start / sequences:,.6g}"
 
 
 def shares_of(mixture: Mixture, place: int) -> str:

@@ -20,7 +20,7 @@ from titanling.data.mixture import Mixture
 from titanling.data.order import Permutation, order_key
 from titanling.data.prepare.encode import Encoded, Encoder
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
-from titanling.data.sources import changes_of, shares_of, sources_of, spans_of, stages_of
+from titanling.data.sources import changes_of, lengths_of, shares_of, sources_of, spans_of, stages_of
 from titanling.data.stream_files import TextFiles, open_files
 from titanling.errors import UserError
 
@@ -216,7 +216,8 @@ class Streams:
     def describe(self, sequences: int) -> list[str]:
         """Lines that say what a run reads: kind, files and share in every stage of each source."""
         by = f"{self.workers} workers of each rank" if self.workers else "a thread of each rank"
-        lines = [f"data: streamed, tokenised by {by}{changes_of(self.mixture, sequences)}"]
+        lines = lengths_of(self.mixture, self.seq_len, sequences)
+        lines += [f"data: streamed, tokenised by {by}{changes_of(self.mixture, sequences)}"]
         width = max(len(source.name) for source in self.sources)
         for place, (source, files) in enumerate(zip(self.sources, self._files, strict=True)):
             what = f"{len(files):,} {source.kind} file{'s' if len(files) > 1 else ''}"

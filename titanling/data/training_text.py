@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from titanling.config.schema import Data, Training
 from titanling.data.loader import Batch, build_loader
+from titanling.data.mixture import Mixture
 from titanling.data.sources import MixedSource, check_epochs, describe, identity, open_sources
 from titanling.data.stream_loader import build_stream_loader
 from titanling.data.streaming import open_streams
@@ -20,6 +21,8 @@ class TrainingText(NamedTuple):
     """Iterates over this rank's micro-batches, without end; has `state_dict` and `load_state_dict`."""
     source: MixedSource | None
     """The order of the run's samples; None if they are streamed."""
+    mixture: Mixture
+    """Where its samples come from, and how they are cut into rows."""
     identity: dict[str, Any]
     """What that order depends on, for a checkpoint to be compared with."""
     eod_id: int
@@ -79,9 +82,12 @@ def open_training_text(
         streams = open_streams(data, assets, seq_len, seed, sequences)
         loader = build_stream_loader(streams, batch, say, dp_rank, dp_world)
         lines = streams.describe(sequences)
-        return TrainingText(loader, None, streams.identity(dp_world, batch), streams.tokenizer.eod_id, lines)
+        return TrainingText(
+            loader, None, streams.mixture, streams.identity(dp_world, batch), streams.tokenizer.eod_id, lines
+        )
     source = open_sources(data, seq_len, seed, sequences)
     lines = describe(source, training.steps, sequences)
     lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, sequences)]
     eod_id = facts(source.sources[0].datasets[0].prefix, data).eod_id
-    return TrainingText(build_loader(source, batch, dp_rank, dp_world), source, identity(source), eod_id, lines)
+    loader = build_loader(source, batch, dp_rank, dp_world)
+    return TrainingText(loader, source, source.mixture, identity(source), eod_id, lines)

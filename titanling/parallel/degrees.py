@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from math import gcd
 
-from titanling.config.schema import Compile, Model, Parallelism, Training, Validation
+from titanling.config.schema import Compile, Data, Model, Parallelism, Training, Validation
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape, resolve_shape
 from titanling.parallel.stages import SCHEDULES, cut_layers
@@ -108,13 +108,22 @@ def loss_of_hidden(settings: Parallelism, degrees: Degrees) -> bool:
 
 
 def resolve_layout(
-    model: Model, parallelism: Parallelism, training: Training, validation: Validation, compile: Compile, world: int
+    model: Model,
+    parallelism: Parallelism,
+    training: Training,
+    data: Data,
+    validation: Validation,
+    compile: Compile,
+    world: int,
 ) -> tuple[LlamaShape, Degrees]:
     """The model and the degrees of these tables on `world` ranks. Raises UserError if they do not fit each other."""
     shape = resolve_shape(model)
     degrees = resolve_degrees(parallelism, world)
     accumulation_steps(training, degrees.dp)
     check_layout(parallelism, degrees, shape, training, compile)
+    for stage in data.stages:
+        if stage.seq_len is not None:
+            check_sequence("data.stages: seq_len", stage.seq_len, degrees)
     if validation.enable and validation.seq_len is not None:
         check_sequence("validation.seq_len", validation.seq_len, degrees)
     return shape, degrees

@@ -105,6 +105,7 @@ class PipelineRunner(Runner):
         self.own = stages_of_rank(self.settings, self.pp, self.rank, self.stages)
         self.owner = {s: r for r in range(self.pp) for s in stages_of_rank(self.settings, self.pp, r, self.stages)}
         self.schedule: Any = None
+        self.scheduled: torch.Size | None = None
         # Hidden states may be a part of their sequence, so a stage cannot count positions by itself. None: they differ
         # between sequences, and the schedule hands them out.
         self.positions: Tensor | None = None
@@ -123,8 +124,8 @@ class PipelineRunner(Runner):
             loss.add_(value.detach())
             return value * (self.averaged * scale)
 
-        if self.schedule is None:
-            self.schedule = self._build_schedule(input_ids)
+        if self.scheduled != input_ids.shape:  # a stage of the data may have other sequences
+            self.scheduled, self.schedule = input_ids.shape, self._build_schedule(input_ids)
         self.schedule._loss_fn = micro_loss
         arguments: dict[str, Any] = {"target": labels} if self.stages - 1 in self.own else {}
         if "return_outputs" in inspect.signature(self.schedule.step).parameters:

@@ -146,7 +146,7 @@ def resolve(config: Config, world: int, hardware: Hardware) -> Setup:
     data = {"train": train, "validation": config.data.validation or "-"}
     check_runnable(config.model_copy(update={"data": config.data.model_copy(update=data)}))
     shape, degrees = resolve_layout(
-        config.model, config.parallelism, config.training, config.validation, config.compile, world
+        config.model, config.parallelism, config.training, config.data, config.validation, config.compile, world
     )
     setup = Setup(config, world, hardware, shape, degrees)
     if setup.float8 and not hardware.float8_gain:
