@@ -27,7 +27,7 @@ import kills  # noqa: E402
 import lost  # noqa: E402
 import stops  # noqa: E402
 import worlds  # noqa: E402
-from harm import Row  # noqa: E402
+from harm import Died, Row  # noqa: E402
 from helpers import TinyData, make_tiny_data  # noqa: E402
 
 EXAMPLE = "example: python benchmarks/faults.py --rows damage disk --json results.json"
@@ -135,7 +135,10 @@ def run_tasks(names: Sequence[str], where: Path, data: TinyData, size: Size) -> 
     def run(name: str, task: Task) -> list[Row]:
         start = time.perf_counter()
         (where / name).mkdir()
-        rows = task.make(where / name, data, size)
+        try:
+            rows = task.make(where / name, data, size)
+        except Died as error:  # the others are still of interest
+            rows = [Row(name, 0, [str(error)], "did not end as it should")]
         say(f"{name}: {time.perf_counter() - start:.0f} s")
         return rows
 
