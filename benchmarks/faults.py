@@ -116,6 +116,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="OUT", help="also write the results here")
     parser.add_argument("--smoke", action="store_true", help="a minute: one or two tries of each row")
     arguments = parser.parse_args()
+    # Started in a shell's background it would be ignored, by the runs that we start as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results: dict[str, Any] = {"benchmark": "faults", "machine": machine(), "rows": []}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="titanling-benchmark-") as temporary:

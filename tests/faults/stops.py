@@ -34,7 +34,7 @@ ALL += [Stop(number, "step", to_all=True) for number in SIGNALS]
 
 def stop_and_go_on(where: Path, data: TinyData, ranks: int, stops: Sequence[Stop], seed: int = 3) -> Row:
     """Stop one run at each of these moments, going on each time; it must end as the one that nobody touched."""
-    choose, steps = random.Random(seed), 8 * len(stops) + 8
+    choose, steps = random.Random(seed), 5 * len(stops) + 8
     changes = {"training.steps": steps, **VALIDATED}
     straight, job = (Job(where / name, data, changes, ranks) for name in ("straight", "stopped"))
     straight.finish()
