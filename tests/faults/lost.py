@@ -1,6 +1,7 @@
 """A rank is killed or suspended: the others end, and the rank is named."""
 
 import os
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ ALL = [Loss(n, v, m) for n in (signal.SIGKILL, signal.SIGSTOP) for v in (0, 1) f
 def lose_ranks(where: Path, data: TinyData, losses: Sequence[Loss], margin: float = MARGIN_SECONDS) -> Row:
     """In a run of two ranks, one after another. All must be gone `margin` seconds after the timeout."""
     job, failures, slowest = Job(where, data, CHANGES, ranks=2), [], 0.0
+    choose = random.Random(11)
     for loss in losses:
         name = f"{loss.number.name} of rank {loss.victim} in {loss.moment}"
         mode = "async" if loss.moment == "background save" else "disabled"
@@ -47,6 +49,8 @@ def lose_ranks(where: Path, data: TinyData, losses: Sequence[Loss], margin: floa
             process.wait_until(lambda first=first: job.step > first, "a step")
             if "save" in loss.moment:
                 process.wait_until(lambda: job.saving, "a save")
+            elif loss.moment == "step":  # anywhere in it: what waits for the lost rank differs
+                time.sleep(choose.uniform(0, 0.3))
             os.kill(process.ranks()[loss.victim], loss.number)
             began = time.monotonic()
             try:

@@ -78,6 +78,8 @@ def _exchange(sent: Sequence[Tensor], received: Sequence[Tensor], group: dist.Pr
         to, source = (rank + distance) % size, (rank - distance) % size
         works.append(dist.isend(sent[to], group=group, group_dst=to))
         works.append(dist.irecv(received[source], group=group, group_src=source))
+    # Unless told, these would wait for a silent rank as long as at the start of the run. There is no public way to ask.
+    patience = group._get_backend(sent[0].device).options._timeout
     for work in works:
         if work is not None:
-            work.wait()
+            work.wait(patience)
