@@ -141,7 +141,9 @@ def start_world(degrees: Degrees, comm: Comm, device: torch.device) -> World:
             # The others find out by themselves, and tell it only while they find the store.
             roll_call.close_last(FAREWELL_SECONDS)
             raise unreachable(error, rank) from error
-    return World(rank, size, device, degrees, *meshes, store, roll_call)
+    world = World(rank, size, device, degrees, *meshes, store, roll_call)
+    limit_collectives(world, comm.init_timeout_seconds)  # or groups of the meshes would have torch's half an hour
+    return world
 
 
 def build_meshes(degrees: Degrees, device_type: str) -> tuple[DeviceMesh, DeviceMesh | None]:
