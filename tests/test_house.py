@@ -163,3 +163,9 @@ def test_torch_is_not_imported_where_it_is_not_needed() -> None:
     )
     run = run_python("-c", f"import sys\n{checks}")
     assert run.returncode == 0, run.stderr
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest cannot collect two of one name, and notices only where both are run."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
