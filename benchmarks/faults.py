@@ -81,7 +81,7 @@ def _stops(ranks: int) -> Task:
     return Task(lambda where, data, size: [stops.stop_and_go_on(where, data, ranks, size.stops)], alone=ranks > 1)
 
 
-def _compile(ranks: int, tries: int) -> Task:
+def _compile(ranks: int, tries: int | None = None) -> Task:
     def make(where: Path, data: TinyData, size: Size) -> list[Row]:
         return [stops.stop_in_compile(where, data, ranks, size.compiled[:tries])] if size.compiled else []
 
@@ -102,7 +102,7 @@ ROWS: dict[str, list[Task]] = {
     "nan": [Task(lambda where, data, size: [worlds.poison_a_gradient(where, data, size.clean_steps)])],
     "lost": [Task(lambda where, data, size: [lost.lose_ranks(where, data, size.losses)])],
     "stops": [_stops(1), _stops(2)],
-    "compile": [_compile(1, 3), _compile(2, 1)],
+    "compile": [_compile(1), _compile(2, tries=1)],
     "twice": [_twice("disabled"), _twice("async")],
     "worlds": [Task(lambda where, data, size: [worlds.change_worlds(where, data, size.chain)])],
     "hostile": [Task(lambda where, data, size: [hostile.meet_hostile_surroundings(where, data)])],

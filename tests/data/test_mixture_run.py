@@ -107,8 +107,8 @@ def test_a_stage_edited_into_a_running_job(whole: Path, tmp_path: Path, tiny_dat
     assert run_train("--config", later, "--training.steps=10").returncode == 0
 
 
-def test_a_stage_with_shorter_rows(whole: Path, tmp_path: Path, tiny_data: TinyData) -> None:
-    """Cut from what the run without it reads; on two ranks as on one; and no such stage may be edited into the past."""
+def test_a_stage_with_shorter_rows(tmp_path: Path, tiny_data: TinyData) -> None:
+    """Resumed on two ranks it goes on as on one, and its length may not be changed afterwards."""
     swap = {"from_step": 5, "weights": {"x": 1.0, "y": 3.0}}
     stages = [{"from_step": 2, "seq_len": 16}, swap | {"seq_len": 32}, {"from_step": 7, "seq_len": 8}]
     settings = {"data__stages": stages, "data__packing": "concat"}

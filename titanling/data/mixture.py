@@ -106,11 +106,11 @@ class Mixture:
 
     def seq_len_at(self, sample: int) -> int | None:
         """The `seq_len` of the span that a sample is in."""
-        return self.spans[int(np.searchsorted(self._starts, sample, side="right")) - 1].seq_len
+        return self.spans[self._span_of(sample)].seq_len
 
     def counts(self, samples: int) -> list[int]:
         """How many of the run's first `samples` come from each source."""
-        span = int(np.searchsorted(self._starts, samples, side="right")) - 1
+        span = self._span_of(samples)
         return self._counts_within(span, samples - self.spans[span].start)
 
     def sample_of(self, source: int, number: int) -> int | None:
@@ -132,6 +132,9 @@ class Mixture:
         block = self._block(span, low)
         (slot,) = np.flatnonzero((block.sources == source) & (block.numbers == number))
         return block.start + int(slot)
+
+    def _span_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._starts, sample, side="right")) - 1
 
     def _counts_within(self, span: int, samples: int) -> list[int]:
         """Samples of every source before sample `samples` of a span."""
