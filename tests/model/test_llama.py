@@ -8,6 +8,7 @@ from model_helpers import SHAPES, random_ids, random_model
 from torch import Tensor
 
 from titanling.model.llama import (
+    AddRMSNorm,
     Attention,
     LayerCache,
     Llama,
@@ -141,6 +142,16 @@ def test_rms_norm_gradient() -> None:
     assert_close(norm.weight.grad, (direction * value * r).sum((0, 1)), 1e-14)
     assert_close(x.grad, dx, 1e-14)
     assert torch.autograd.gradcheck(norm, x)
+
+
+def test_add_rms_norm_is_the_norm_of_the_sum() -> None:
+    add, plain, results = AddRMSNorm(24, 1e-3), RMSNorm(24, 1e-3), []
+    for fused in (True, False):
+        x, r = (torch.randn(5, 24, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
+        total = x + r
+        y, total = add(x, r) if fused else (plain(total), total)
+        results.append([y, total, *torch.autograd.grad((y * total.sin()).sum(), (x, r))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_rms_norm_statistics_are_float32() -> None:

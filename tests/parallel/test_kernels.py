@@ -46,13 +46,13 @@ def h100() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "rms_norm, swiglu, rope in Triton; linear_cross_entropy in torch"),
-        ({"implementation": "triton"}, "rms_norm, swiglu, rope in Triton; linear_cross_entropy in torch"),
+        ({}, "rms_norm, add_rms_norm, swiglu, rope in Triton; linear_cross_entropy in torch"),
+        ({"implementation": "triton"}, "rms_norm, add_rms_norm, swiglu, rope in Triton; linear_cross_entropy in torch"),
         (
             {"implementation": "torch", "rope": "auto"},
-            "rope in Triton; rms_norm, swiglu, linear_cross_entropy in torch",
+            "rope in Triton; rms_norm, add_rms_norm, swiglu, linear_cross_entropy in torch",
         ),
-        ({"swiglu": "torch"}, "rms_norm, rope in Triton; swiglu, linear_cross_entropy in torch"),
+        ({"swiglu": "torch"}, "rms_norm, add_rms_norm, rope in Triton; swiglu, linear_cross_entropy in torch"),
     ],
 )
 def test_what_is_said_on_a_gpu(settings: dict[str, Any], said: str) -> None:
@@ -74,7 +74,10 @@ def test_what_is_refused_on_a_cpu(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as error:
         KernelChoice(Kernels(**settings), CPU, SHAPE).check(CPU)
     assert str(error.value).startswith(says) and str(error.value).endswith('; "auto" would run torch here')
-    assert KernelChoice(Kernels(), CPU, SHAPE).describe() == "rms_norm, swiglu, rope, linear_cross_entropy in torch"
+    assert (
+        KernelChoice(Kernels(), CPU, SHAPE).describe()
+        == "rms_norm, add_rms_norm, swiglu, rope, linear_cross_entropy in torch"
+    )
 
 
 def test_models_too_large_for_a_kernel() -> None:
@@ -84,7 +87,7 @@ def test_models_too_large_for_a_kernel() -> None:
         said = KernelChoice(Kernels(), GPU, large).describe()
         with pytest.raises(UserError, match=says):
             KernelChoice(Kernels(rope="triton"), GPU, large).check(GPU)
-    assert said == "swiglu in Triton; rms_norm, rope, linear_cross_entropy in torch"
+    assert said == "swiglu in Triton; rms_norm, add_rms_norm, rope, linear_cross_entropy in torch"
 
 
 def exchanged(model: nn.Module) -> set[tuple[str, str]]:
@@ -101,7 +104,7 @@ def test_every_call_is_exchanged_that_was_asked_for() -> None:
     model = Llama(SHAPE)
     with h100():
         KernelChoice(Kernels(rope="torch"), GPU, SHAPE).apply(model, WORLD)
-    assert exchanged(model) == {("rms_norm", "RMSNorm"), ("swiglu", "MLP")}
+    assert exchanged(model) == {("rms_norm", "RMSNorm"), ("add_rms_norm", "AddRMSNorm"), ("swiglu", "MLP")}
     model = Llama(SHAPE)
     KernelChoice(Kernels(), CPU, SHAPE).apply(model, WORLD)
     assert exchanged(model) == set()

@@ -365,7 +365,9 @@ class Kernels(Table):
     """For all that have no key of their own. "auto": Triton on NVIDIA GPUs from sm_80 on and on AMD gfx90a and gfx942,
     torch elsewhere; the start of a run says which it is."""
     rms_norm: Implementation | None = None
-    """For the norms."""
+    """For the norms before attention and the head, and those of queries and keys."""
+    add_rms_norm: Implementation | None = None
+    """For the sum after attention and its norm, in one pass."""
     swiglu: Implementation | None = None
     """For the feed-forward's activation."""
     rope: Implementation | None = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["norm", "head_norm", "gather", "column", "row"]
+Role = Literal["norm", "add_norm", "head_norm", "gather", "column", "row"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ModelLayout:
     """In a block, for tensor parallelism (Megatron-LM; Shoeybi 2019, Korthikanti 2022):
 
     norm       works on a share of the sequence; its weight is whole on every rank
+    add_norm   as norm, of the sum of its two arguments; returns the norm and the sum
     gather     its first argument is gathered along the sequence
     column     its output features, so its weight's rows, are divided
     head_norm  works on the heads that a column-parallel module left here (batch, seq, heads, head_dim)
@@ -54,7 +55,7 @@ LLAMA = ModelLayout(
         "self_attn.q_norm": "head_norm",
         "self_attn.k_norm": "head_norm",
         "self_attn.o_proj": "row",
-        "post_attention_layernorm": "norm",
+        "post_attention_layernorm": "add_norm",
         "mlp": "gather",
         "mlp.gate_proj": "column",
         "mlp.up_proj": "column",

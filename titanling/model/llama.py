@@ -49,6 +49,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual, and that sum: (..., dim) each."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up of two tensors of one shape."""
     return F.silu(gate) * up
@@ -100,6 +106,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) → (..., dim), in x's dtype."""
         return self.rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class AddRMSNorm(nn.Module):
+    """RMSNorm of a sum, which is the residual stream: where a branch ends, the next one begins with its norm."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.add_rms_norm = add_rms_norm
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and the sum: (..., dim) each, in x's dtype."""
+        return self.add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -179,15 +199,16 @@ class Block(nn.Module):
         self.self_attn = Attention(shape)
         self.mlp = MLP(shape.dim, shape.ffn_dim)
         self.input_layernorm = RMSNorm(shape.dim, shape.norm_eps)
-        self.post_attention_layernorm = RMSNorm(shape.dim, shape.norm_eps)
+        self.post_attention_layernorm = AddRMSNorm(shape.dim, shape.norm_eps)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: DocumentMask | None = None
     ) -> Tensor:
         """(batch, seq, dim) → (batch, seq, dim)."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, mask))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        attended = self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache, mask))
+        normed, x = self.post_attention_layernorm(attended, x)
+        return x + self.dropout(self.mlp(normed))
 
 
 class Decoder(nn.Module):

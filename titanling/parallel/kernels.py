@@ -22,8 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return triton_kernels.rms_norm(x, weight, eps, casting="float32")
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same of a sum, which is returned too."""
+    return triton_kernels.add_rms_norm(x, residual, weight, eps, casting="float32")
+
+
 EXCHANGED: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
     "swiglu": triton_kernels.swiglu,
     "rope": triton_kernels.rope,
 }
@@ -41,7 +47,8 @@ class KernelChoice(Plan):
 
     def __init__(self, settings: Kernels, device: torch.device, shape: LlamaShape) -> None:
         self.settings, self.device = settings, device
-        self.sizes = {"rms_norm": (shape.dim, MAX_HIDDEN), "rope": (shape.head_dim, MAX_HEAD_DIM)}
+        norm = (shape.dim, MAX_HIDDEN)
+        self.sizes = {"rms_norm": norm, "add_rms_norm": norm, "rope": (shape.head_dim, MAX_HEAD_DIM)}
 
     def check(self, device: torch.device) -> None:
         """Raises UserError where Triton is asked for and does not run, or not for a model of this size."""

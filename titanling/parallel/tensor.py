@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -37,8 +37,25 @@ class Gather(ParallelStyle):
         return module
 
 
+class AddNorm(ParallelStyle):
+    """The norm of a sum of two shares of the sequence: its weight whole, the norm a DTensor, the sum a plain share."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, shares: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(DTensor.from_local(x, mesh, [Shard(SEQUENCE)], run_check=False) for x in shares)
+
+        def leave(_: nn.Module, __: tuple[Tensor, ...], output: tuple[Tensor, DTensor]) -> tuple[Tensor, Tensor]:
+            return output[0], output[1].to_local()
+
+        distribute_module(module, mesh)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+
 STYLES: dict[Role, ParallelStyle] = {
     "norm": SequenceParallel(sequence_dim=SEQUENCE),
+    "add_norm": AddNorm(),
     "gather": Gather(),
     "column": ColwiseParallel(),
     "head_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
