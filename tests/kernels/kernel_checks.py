@@ -19,6 +19,7 @@ import triton_kernels as kernels
 from triton_kernels.language import INTERPRETED
 from triton_kernels.launch import device_of, row_for
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
 DEVICE = torch.device(os.environ.get("KERNEL_DEVICE", "cpu"))
 EPS = 1e-5
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
