@@ -5,12 +5,13 @@ and V = vocabulary, each divided by tp; c bytes of an element; n/tp where the se
 
 A block, eager, keeps the inputs of every product and of every operation whose derivative needs them:
 
-    norms       2 · n/tp · d · c          their inputs (a CPU has no fused norm: float32 inputs and results, 8 bytes)
+    norms       2 · n/tp · d · c          their inputs (eager, a CPU has no fused norm: 8 bytes, float32 in and out)
     products    2 · n · d · c             their outputs, which q, k, v and gate, up are multiplied with
     attention   n · (2 q + 2 kv) · c      q, k, v and the output; 4 n · heads for the log-sum-exp
     MLP         4 · n · f · c             gate, silu(gate), up, and their product
 
-Compiled, the compiler computes what is element-wise again: the norms' outputs, silu(gate) and the product are not kept.
+Compiled, silu(gate) alone is computed again: torch's partitioner keeps what the backward pass would write out for a
+product of matrices, and those are the norms' outputs and the MLP's product. Triton's SwiGLU does not keep it either.
 "full" keeps the block's input alone; "op" adds the outputs of all products, attention and reductions.
 """
 
@@ -57,14 +58,12 @@ def activations(setup: Setup, matrix_elements: float) -> Activations:
     lse = 4 * n * heads
     # Under context parallelism, attention keeps all keys and values of its sequence, and its output in two copies.
     attention = n * (q + 2 * kv * cp + q * (2 if cp > 1 else 1)) * c + lse
-    head_norms = _norm(setup, n * (q + kv), n * (heads + shape.n_kv_heads / tp)) if shape.qk_norm else 0.0
+    norms = 2 * _norm(setup, share * d, share, setup.compiled)
+    if shape.qk_norm:
+        norms += _norm(setup, n * (q + kv), n * (heads + shape.n_kv_heads / tp), setup.compiled)
+    mlp = (3 if setup.compiled or setup.triton("swiglu") else 4) * n * f * c
     dropout = 2 * share * d * (1 if setup.device.type == "cuda" else c) if shape.dropout else 0.0
-    if setup.compiled:
-        gathered = 2 * n * d * c if tp > 1 else 0.0
-        whole = 2 * share * (d * c + 4) + attention + gathered + 2 * n * f * c + dropout
-        whole += n * (q + kv) * c if shape.qk_norm else 0.0
-    else:
-        whole = 2 * _norm(setup, share * d, share) + 2 * n * d * c + head_norms + attention + 4 * n * f * c + dropout
+    whole = norms + 2 * n * d * c + attention + mlp + dropout
     products = n * (q + 2 * kv + 2 * d + 2 * f) * c
     # Reductions over tensor-parallel ranks are kept; all-gathers run again.
     reduced = 2 * share * d * c if tp > 1 else 0.0
@@ -79,7 +78,7 @@ def activations(setup: Setup, matrix_elements: float) -> Activations:
         again=whole - both,
         transient=2 * n * f * c,
         casts=0.0 if setup.fsdp or setup.dtype.itemsize == _held(setup) else matrix_elements * c,
-        norm=_norm(setup, share * d, share),
+        norm=_norm(setup, share * d, share, compiled=False),
         hidden=n * d * c,
         angles=8 * (setup.config.training.seq_len / cp) * shape.head_dim / 2,
         logits=logits * c,
@@ -126,9 +125,9 @@ def kept_by_first(setup: Setup, sizes: Activations, layers: int) -> float:
     return kept(setup, sizes, layers) / max(1, layers)
 
 
-def _norm(setup: Setup, elements: float, rows: float) -> float:
+def _norm(setup: Setup, elements: float, rows: float, compiled: bool) -> float:
     """What an RMSNorm keeps: its input, and a number per row."""
-    return elements * (setup.c if setup.device.type == "cuda" else 8) + 4 * rows
+    return elements * (setup.c if compiled or setup.device.type == "cuda" else 8) + 4 * rows
 
 
 def _held(setup: Setup) -> int:

@@ -48,6 +48,11 @@ class Setup:
         """Whether blocks are compiled."""
         return self.config.compile.enable and "model" in self.config.compile.components
 
+    def triton(self, operation: str) -> bool:
+        """Whether this key of [kernels] comes to a Triton kernel: every GPU that can be planned for has them."""
+        kernels = self.config.kernels
+        return self.device.type == "cuda" and (getattr(kernels, operation) or kernels.implementation) != "torch"
+
     @property
     def float8(self) -> bool:
         """Whether blocks multiply in float8."""
