@@ -70,7 +70,8 @@ class Clock:
         if nbytes not in self._copies:
             elements = max(1, nbytes // 4)  # two tensors of two bytes each
             pairs = [
-                torch.randn(2, elements, device=self.device).bfloat16() for _ in range(self.copies_of_inputs(nbytes))
+                torch.randn(2, elements, device=self.device, dtype=torch.bfloat16)
+                for _ in range(self.copies_of_inputs(nbytes))
             ]
             self._copies[nbytes] = self.device_seconds([lambda p=pair: p[0].copy_(p[1]) for pair in pairs])
         return self._copies[nbytes]

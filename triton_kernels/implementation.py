@@ -1,5 +1,7 @@
 """Which implementation runs where: Triton on the GPUs that the kernels are made for, torch elsewhere."""
 
+import os
+import shutil
 from functools import cache
 
 import torch
@@ -27,6 +29,8 @@ def available(device: torch.device | str) -> str | None:
         return f"the Triton kernels are for NVIDIA and AMD GPUs, not for {device.type}"
     if not torch.cuda.is_available():
         return "no GPU driver is in reach"
+    if not has_compiler():
+        return "Triton finds no C compiler (install gcc, or set CC)"
     name = target(device)
     if name.startswith("sm_") and int(name[3:]) < MINIMUM_NVIDIA:
         return f"this GPU is {name}, and the Triton kernels need sm_{MINIMUM_NVIDIA} or newer"
@@ -61,6 +65,12 @@ def target(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def has_compiler() -> bool:
+    """Whether there is the C compiler that Triton builds a kernel's launcher with, in the first step."""
+    named = os.environ.get("CC")
+    return any(map(shutil.which, [named] if named else ("gcc", "clang")))
 
 
 def uses_triton(device: torch.device) -> bool:

@@ -112,9 +112,11 @@ class Launch(NamedTuple):
     warps: int
 
     def run(self) -> None:
-        """Do it; nothing if there is nothing to do."""
+        """Do it, where the tensors are; nothing if there is nothing to do."""
         if self.programs > 0:
-            self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps)
+            # Triton launches on the current device, whatever device its arguments are on.
+            with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, torch.Tensor))):
+                self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps)
 
 
 def row_for(device: Device, kernel: str, elements: int, itemsize: int = 2) -> Row:

@@ -1,8 +1,10 @@
 """The custom ops on a CPU, where torch computes: autograd, torch.compile, fake tensors, checkpointing, DTensors."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,9 +248,22 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, name: str, works: bool) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(implementation, "target", lambda device: name)
+    monkeypatch.setattr(implementation, "has_compiler", lambda: True)
     problem = kernels.available("cuda")
     assert (problem is None) == works and (works or name in str(problem))
     assert kernels.choose("auto", "cuda", "rms_norm") == ("triton" if works else "torch")
+
+
+def test_a_gpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(implementation, "target", lambda device: "sm_90")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels.available("cuda") == "Triton finds no C compiler (install gcc, or set CC)"
+    assert kernels.choose("auto", "cuda", "swiglu") == "torch"
+    monkeypatch.setenv("CC", sys.executable)
+    assert kernels.available("cuda") is None
 
 
 def test_a_gpu_without_a_driver() -> None:

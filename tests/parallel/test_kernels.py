@@ -40,6 +40,7 @@ def h100() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(implementation, "target", lambda device: "sm_90")
+        patch.setattr(implementation, "has_compiler", lambda: True)
         yield
 
 
