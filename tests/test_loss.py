@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titanling.loss import IGNORE_INDEX, cross_entropy_sum, head_cross_entropy_sum
-from triton_kernels.linear_cross_entropy import PIECE
+from triton_kernels.cross_entropy import PIECE
 
 
 def batch(batch: int, seq: int, vocab: int, ignored: float, seed: int = 0) -> tuple[Tensor, Tensor]:

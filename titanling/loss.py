@@ -8,14 +8,9 @@ loss is computed together with its gradient, which can be had once.
 
 from torch import Tensor
 
-from triton_kernels.linear_cross_entropy import (
-    IGNORE_INDEX,
-    PLAIN,
-    LossOptions,
-    VocabShard,
-    cross_entropy,
-    linear_cross_entropy,
-)
+from triton_kernels.cross_entropy import cross_entropy
+from triton_kernels.linear_cross_entropy import linear_cross_entropy
+from triton_kernels.loss_options import IGNORE_INDEX, PLAIN, LossOptions, VocabShard
 
 __all__ = ["IGNORE_INDEX", "LossOptions", "VocabShard", "cross_entropy_sum", "head_cross_entropy_sum"]
 

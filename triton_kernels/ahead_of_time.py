@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_kernels.cross_entropy import gradient_launch, statistics_launch
 from triton_kernels.launch import MAX_HIDDEN, Device, Launch
 from triton_kernels.rms_norm import backward_launch, forward_launch
 from triton_kernels.rope import make_launch as rope_launch
@@ -22,8 +23,9 @@ from triton_kernels.swiglu import forward_launch as swiglu_forward
 
 HIDDEN_SIZES = (1536, 2048, 4096, 8192)
 HEAD_SIZES = (64, 128)
+VOCAB = 128_256
 ROWS = 4096
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
 
 class Cost(NamedTuple):
@@ -73,6 +75,10 @@ def launches(target: str) -> Iterator[tuple[str, Launch]]:
         angle = empty(ROWS, 1, head_dim // 2, dtype=torch.float32)
         for name, backward in (("rope", False), ("rope backward", True)):
             yield f"{name} {head_dim}", rope_launch(device, (q, k, angle, angle), (q, k), backward)
+    logits, labels = empty(ROWS, VOCAB), empty(ROWS, 1, dtype=torch.int64)
+    number = empty(ROWS, 1, dtype=torch.float32)
+    yield "cross_entropy", statistics_launch(device, logits, number, number, number)
+    yield "cross_entropy gradient", gradient_launch(device, logits, number, number, number, number, labels)
 
 
 def compile_launch(launch: Launch, target: str) -> Any:

@@ -10,8 +10,6 @@ from triton_kernels.language import INTERPRETED, MISSING
 
 OPERATIONS = ("rms_norm", "add_rms_norm", "swiglu", "rope", "linear_cross_entropy")
 """What there is to choose for."""
-TORCH_ONLY = ("linear_cross_entropy",)
-"""Those of them that torch computes on every device: matrix products do most of the work."""
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 AMD = ("gfx90a", "gfx942")
 """MI210/MI250/MI250X; MI300A/MI300X/MI325X."""
@@ -50,7 +48,7 @@ def choose(implementation: str, device: torch.device | str, operation: str) -> s
         raise ValueError(f'{operation} = "{implementation}": use one of {", ".join(IMPLEMENTATIONS)}')
     if implementation == "torch":
         return "torch"
-    problem = "it has no Triton kernel" if operation in TORCH_ONLY else available(device)
+    problem = available(device)
     if implementation == "triton" and problem is not None:
         raise ValueError(f'{operation} = "triton": {problem}; "auto" would run torch here')
     # The interpreter is for tests: nobody gets it without asking for it.

@@ -51,6 +51,8 @@ NVIDIA: Table = {
     "swiglu_forward": (Row(LIMIT, 2048, 4),),
     "swiglu_backward": (Row(LIMIT, 1024, 4),),
     "rope": (Row(1024, 1024, 4), Row(LIMIT, 2048, 4)),
+    "cross_entropy_statistics": (Row(LIMIT, 4096, 8, stages=2),),
+    "cross_entropy_gradient": (Row(LIMIT, 2048, 4),),
 }
 
 # For this generation the compiler gives 4 warps 80 registers each, and a summed row of 2048 then spills.
@@ -80,6 +82,8 @@ AMD: Table = {
     "swiglu_forward": (Row(LIMIT, 2048, 4),),
     "swiglu_backward": (Row(LIMIT, 2048, 4),),
     "rope": (Row(1024, 1024, 2), Row(LIMIT, 2048, 4)),
+    "cross_entropy_statistics": (Row(LIMIT, 4096, 8),),
+    "cross_entropy_gradient": (Row(LIMIT, 2048, 4),),
 }
 
 TABLES: dict[str, Table] = {

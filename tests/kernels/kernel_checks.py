@@ -248,6 +248,9 @@ def test_more_than_2_to_the_31_elements_apart(n: int) -> None:
     angle = random(1, 1, 16)
     turned = kernels.rope(q, q, angle.cos(), angle.sin())
     assert torch.equal(turned[0], kernels.rope(near_q, near_q, angle.cos(), angle.sin())[1])
+    labels, by_triton = torch.arange(4, device=DEVICE), kernels.LossOptions(by="triton")
+    losses = [kernels.cross_entropy(logits.requires_grad_(), labels, by_triton) for logits in (x, near)]
+    assert torch.equal(*losses) and torch.equal(x, near), "logits, or what has overwritten them"
 
 
 # ---- SwiGLU ----
@@ -299,6 +302,48 @@ def test_rope_of_views() -> None:
     (ours,) = torch.autograd.grad(y, q, dy)
     (dense,) = torch.autograd.grad(kernels.rope(q, k, cos, sin)[0], q, dy.contiguous())
     assert torch.equal(ours, dense)
+
+
+# ---- cross-entropy ----
+
+
+def loss_reference(logits: Tensor, labels: Tensor, options: kernels.LossOptions) -> Tensor:
+    """The loss by torch's own functions."""
+    loss = torch.nn.functional.cross_entropy(
+        logits, labels, reduction="sum", label_smoothing=options.label_smoothing, ignore_index=-100
+    )
+    return loss + options.z_loss * logits.logsumexp(-1).square()[labels != -100].sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 8), (1, 2), (3, 7), (5, 1000), (4, 4097), (2, 9000)])
+def test_cross_entropy(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    labels = torch.arange(rows, device=DEVICE) * 37 % vocab
+    labels[1::3] = -100
+    for smoothing, z in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.01)):
+        options = kernels.LossOptions(smoothing, z, by="triton")
+        logits = random(rows, vocab + 8, dtype=dtype)[:, :vocab] * 3
+        apart = torch.cat((logits, logits), dim=1)[:, :vocab]  # its rows do not lie side by side
+        exact = logits.detach().double().requires_grad_()
+        wanted = loss_reference(exact, labels, options)
+        gradient = torch.autograd.grad(wanted, exact)[0]
+        tolerance = 1e-5 * (1 + wanted.item())  # of lse less a logit, where all but little may cancel
+        for x in (logits.clone(), apart):
+            before = x.clone()
+            with torch.no_grad():
+                assert abs(kernels.cross_entropy(x, labels, options).item() - wanted.item()) <= tolerance
+            assert torch.equal(x, before), "without a gradient the logits stay"
+            x.requires_grad_()
+            loss = kernels.cross_entropy(x, labels, options)
+            assert abs(loss.item() - wanted.item()) <= tolerance
+            close(torch.autograd.grad(loss, x)[0], gradient, TOLERANCE[dtype] * 3)
+
+
+def test_cross_entropy_of_large_logits() -> None:
+    labels = torch.tensor([0, 2], device=DEVICE)
+    x = torch.tensor([[1e4, -1e4, -torch.inf], [-3e38, 0.0, 3e38]], device=DEVICE).requires_grad_()
+    loss = kernels.cross_entropy(x, labels, kernels.LossOptions(by="triton"))
+    assert loss.item() == 0 and torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(2, 3, device=DEVICE))
 
 
 # ---- properties ----
@@ -375,6 +420,14 @@ def test_rope_keeps_lengths_and_sees_distances_only(seed: int, head_dim: int, he
             lambda: kernels.add_rms_norm(random(1, 16385), random(1, 16385), random(16385), EPS),
             ["add_rms_norm", "16385", "add_rms_norm_torch"],
         ),
+        (
+            lambda: kernels.cross_entropy(
+                random(1, 4).double(),
+                torch.zeros(1, dtype=torch.int64, device=DEVICE),
+                kernels.LossOptions(by="triton"),
+            ),
+            ["cross_entropy", "float64", 'by = "torch"'],
+        ),
         (lambda: kernels.swiglu(random(2).int(), random(2).int()), ["swiglu", "int32", "swiglu_torch"]),
         (lambda: kernels.swiglu_packed(random(2).double()), ["swiglu_packed", "float64", "swiglu_packed_torch"]),
         (
@@ -394,7 +447,7 @@ def test_refused(call: Callable[[], Any], words: list[str]) -> None:
     assert "\n" not in message and all(word in message for word in words), message
 
 
-# ---- linear cross-entropy: torch on any device, products and sums of another kind on each ----
+# ---- linear cross-entropy: products and sums of another kind on each device ----
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 1e-5), (BF16, 2**-6), (FP16, 2**-9)])

@@ -32,7 +32,7 @@ def test_a_run_on_triton_kernels_equals_one_on_torch(tmp_path: Path, tiny_data: 
     config = tiny_config(tmp_path / "triton", tiny_data, triton)
     done = run_train("--config", config, env=clean_env(TRITON_INTERPRET="1"), timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "rms_norm, add_rms_norm, swiglu, rope in Triton" in done.stdout
+    assert "rms_norm, add_rms_norm, swiglu, rope, linear_cross_entropy in Triton" in done.stdout
     with open_trainer(tmp_path / "torch", tiny_data, changes | {"kernels.implementation": "torch"}) as trainer:
         trainer.train()
     found = []

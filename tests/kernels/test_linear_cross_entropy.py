@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from triton_kernels import LossOptions, cross_entropy, linear_cross_entropy
-from triton_kernels.linear_cross_entropy import CHUNK, IGNORE_INDEX, PIECE
+from triton_kernels.cross_entropy import PIECE
+from triton_kernels.linear_cross_entropy import CHUNK
+from triton_kernels.loss_options import IGNORE_INDEX
 
 OPTIONS = [LossOptions(), LossOptions(z_loss=0.01), LossOptions(label_smoothing=0.1, z_loss=1e-3)]
 

@@ -373,7 +373,7 @@ class Kernels(Table):
     rope: Implementation | None = None
     """For the rotation of queries and keys."""
     linear_cross_entropy: Implementation | None = None
-    """For the loss, which torch computes everywhere, a chunk of logits at a time: "triton" is refused."""
+    """For the loss, but for its matrix products, which are torch's: a chunk of logits at a time."""
 
 
 class Float8(Table):

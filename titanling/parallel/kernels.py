@@ -12,7 +12,6 @@ from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.mesh import World
 from titanling.parallel.plan import Plan
-from triton_kernels.implementation import TORCH_ONLY
 from triton_kernels.launch import MAX_HIDDEN
 from triton_kernels.rope import MAX_HEAD_DIM
 
@@ -27,6 +26,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return triton_kernels.add_rms_norm(x, residual, weight, eps, casting="float32")
 
 
+LOSS = "linear_cross_entropy"
+"""The key of the loss, which no module calls: `lay_out` gives its choice to the runner."""
 EXCHANGED: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -52,13 +53,13 @@ class KernelChoice(Plan):
 
     def check(self, device: torch.device) -> None:
         """Raises UserError where Triton is asked for and does not run, or not for a model of this size."""
-        for operation in (*EXCHANGED, *TORCH_ONLY):
+        for operation in (*EXCHANGED, LOSS):
             self.chosen(operation)
 
     def chosen(self, operation: str) -> str:
         """ "triton" or "torch". Raises UserError where Triton is asked for and does not run."""
         own = getattr(self.settings, operation)
-        wanted = own or ("auto" if operation in TORCH_ONLY else self.settings.implementation)
+        wanted = own or self.settings.implementation
         size, limit = self.sizes.get(operation, (0, 0))
         try:
             found = triton_kernels.choose(wanted, self.device, operation)
@@ -81,7 +82,7 @@ class KernelChoice(Plan):
 
     def describe(self) -> str:
         """One line."""
-        by = {name: self.chosen(name) for name in (*EXCHANGED, *TORCH_ONLY)}
+        by = {name: self.chosen(name) for name in (*EXCHANGED, LOSS)}
         found = {kind: ", ".join(name for name in by if by[name] == kind) for kind in ("triton", "torch")}
         return "; ".join(
             f"{found[kind]} in {said}" for kind, said in (("triton", "Triton"), ("torch", "torch")) if found[kind]

@@ -14,7 +14,7 @@ from titanling.parallel.compile import CompileBlocks
 from titanling.parallel.context import ContextParallel
 from titanling.parallel.data import DataParallel
 from titanling.parallel.degrees import Degrees
-from titanling.parallel.kernels import KernelChoice
+from titanling.parallel.kernels import LOSS, KernelChoice
 from titanling.parallel.mesh import World
 from titanling.parallel.pipeline import Pipeline, PipelineRunner
 from titanling.parallel.plan import Plan
@@ -65,7 +65,9 @@ def lay_out(model: nn.Module, plans: Sequence[Plan], shape: LlamaShape, world: W
     """Apply the plans to a model on meta. The runner still has to be initialised."""
     parts = plan.apply(plans, model, world)
     (data,) = (each for each in plans if isinstance(each, DataParallel))
+    (kernels,) = (each for each in plans if isinstance(each, KernelChoice))
+    loss_by = kernels.chosen(LOSS)
     if world.degrees.pp == 1:
-        return Runner(parts, data, shape, world)
+        return Runner(parts, data, shape, world, loss_by)
     (precision,) = (each for each in plans if isinstance(each, Precision))
-    return PipelineRunner(parts, data, shape, world, precision.dtype)
+    return PipelineRunner(parts, data, shape, world, loss_by, precision.dtype)

@@ -95,9 +95,15 @@ class PipelineRunner(Runner):
     """A pipeline under one of torch's schedules. The sequences of all accumulation steps go through it together."""
 
     def __init__(
-        self, parts: list[nn.Module], data: DataParallel, shape: LlamaShape, world: World, dtype: torch.dtype
+        self,
+        parts: list[nn.Module],
+        data: DataParallel,
+        shape: LlamaShape,
+        world: World,
+        loss_by: str,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(parts, data, shape, world)
+        super().__init__(parts, data, shape, world, loss_by)
         self.settings, self.dtype = data.settings, dtype
         self.group = world.submesh("pp").get_group()
         self.pp, self.rank = world.degrees.pp, world.index("pp")

@@ -27,7 +27,9 @@ class Runner:
     other also hold `positions` of the same shape.
     """
 
-    def __init__(self, parts: list[nn.Module], data: DataParallel, shape: LlamaShape, world: World) -> None:
+    def __init__(
+        self, parts: list[nn.Module], data: DataParallel, shape: LlamaShape, world: World, loss_by: str
+    ) -> None:
         self.parts, self.shape, self.world, self.data = parts, shape, world, data
         degrees = world.degrees
         self.of_hidden = loss_of_hidden(data.settings, degrees)
@@ -39,8 +41,8 @@ class Runner:
             shard = VocabShard(world.submesh("tp").get_group(), piece * world.index("tp"), shape.vocab_size)
         self.vocab_shard: VocabShard | None = shard
         # What is minimised, and what validation tells.
-        self.objective = LossOptions(data.training.label_smoothing, data.training.z_loss, shard)
-        self.measure = LossOptions(shard=shard)
+        self.objective = LossOptions(data.training.label_smoothing, data.training.z_loss, shard, loss_by)
+        self.measure = LossOptions(shard=shard, by=loss_by)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters of this rank, under the names that they have in the whole model."""

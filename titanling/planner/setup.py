@@ -15,7 +15,8 @@ from titanling.parallel.precision import compute_dtype
 from titanling.parallel.quantize import CONVERTER
 from titanling.parallel.stages import cut_layers
 from titanling.planner.hardware import Hardware
-from triton_kernels.linear_cross_entropy import CHUNK, rows_at_once
+from triton_kernels.cross_entropy import PIECE, rows_at_once
+from triton_kernels.linear_cross_entropy import CHUNK
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,13 @@ class Setup:
         if not self.loss_of_hidden:
             return self.n
         return min(self.n, rows_at_once(CHUNK, self.device.type, self.vocab))
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of them that the loss works on at once: torch in pieces, a Triton kernel without memory of its own."""
+        if self.triton("linear_cross_entropy"):
+            return self.loss_rows
+        return min(self.loss_rows, rows_at_once(PIECE, self.device.type, self.vocab))
 
     @property
     def offload(self) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from titanling.planner.memory import REDUCE, count
 from titanling.planner.place import Placed, stages
 from titanling.planner.setup import Setup
-from triton_kernels.linear_cross_entropy import PIECE, rows_at_once
 
 BUCKET = 25 * 2**20
 """DistributedDataParallel's default; its first bucket is of 1 MiB."""
@@ -138,7 +137,7 @@ def _tensor(setup: Setup, parameters: Sequence[Placed], rank: int) -> list[Colle
         logits = setup.n * setup.shape.vocab_size * setup.c
         found.append(Collective("all-gather", "logits", "tp", tp, times, logits))
     elif last:
-        rows = min(setup.loss_rows, rows_at_once(PIECE, setup.device.type, setup.vocab))
+        rows = setup.piece_rows
         # A chunk of logits is worked on in pieces; the last chunk may be shorter.
         whole, rest = divmod(setup.n, setup.loss_rows)
         pieces = whole * -(-setup.loss_rows // rows) + -(-rest // rows)
