@@ -8,18 +8,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+LOSS, OTHER = "loss", "other"
+"""What the loss launches, and all other eager kernels. Those have the same few names, whoever launches them."""
 # Class and what its kernels are called; the first row that fits counts. Inductor names a kernel after all that it fuses
 # ("triton_poi_fused__scaled_dot_product_flash_attention_3"), and attention says "gemm" and "cutlass" too.
 CLASSES: tuple[tuple[str, str], ...] = (
     ("compiled", r"^triton_(?!tem_)"),  # Inductor: poi(ntwise), red(uction), per(sistent reduction), …; not its matmuls
     ("kernels", r"^_(forward|backward|rope)_kernel"),  # triton_kernels/: norms, SwiGLU, RoPE
+    (LOSS, r"^_(statistics|gradient)_kernel"),  # triton_kernels/cross_entropy.py
     ("attention", r"flash|fmha|sdpa|^attn_fwd|^bwd_(kernel|preprocess)"),  # FA2, FA3, efficient, cuDNN; AOTriton, CK
     ("copies", r"^mem(cpy|set)\b|rocclr_(copy|fill)|^copy(host|device)|nccl|rccl"),  # and communication
     ("matmul", r"gemm|gemv|nvjet|xmma|cijk_|splitk|^triton_tem_"),  # cuBLAS, CUTLASS, hipBLASLt, Inductor's templates
     ("optimizer", r"multi_tensor_apply|lpnorm_cleanup|fused_adam"),  # clipping, too
 )
-LOSS, OTHER = "loss", "other"
-"""Eager kernels, which all have the same few names: those that the loss launches, and all others."""
 MEANING = {
     "matmul": "matrix products",
     "attention": "attention",

@@ -14,6 +14,7 @@ from device_time import Clock, describe
 from harness import machine, say, write_json
 from torch import Tensor
 
+from triton_kernels.cross_entropy import gradient_launch, statistics_launch
 from triton_kernels.implementation import available, target
 from triton_kernels.launch import MAX_HIDDEN, TABLES, Device, Row, known
 from triton_kernels.rms_norm import backward_launch as norm_backward
@@ -23,8 +24,10 @@ from triton_kernels.swiglu import backward_launch as swiglu_backward
 from triton_kernels.swiglu import forward_launch as swiglu_forward
 
 EXAMPLE = "example: python benchmarks/tune_kernels.py --kernels norm_backward --rows 16384 --json tuned.json"
-KERNELS = ("norm_forward", "norm_backward", "swiglu_forward", "swiglu_backward", "rope")
+LOSS_KERNELS = ("cross_entropy_statistics", "cross_entropy_gradient")
+KERNELS = ("norm_forward", "norm_backward", "swiglu_forward", "swiglu_backward", "rope", *LOSS_KERNELS)
 SIZES = (128, 256, 512, 1024, 2048, 4096, 8192, MAX_HIDDEN)
+VOCAB = 128_256
 HEAD_DIM = 128
 TUNED = "tuned"
 """The name under which a candidate stands in the table of launches while it is timed."""
@@ -39,7 +42,8 @@ def candidates(kernel: str, size: int, amd: bool) -> Iterator[Row]:
         programs = (1, 2, 3, 4, 6, 8, 16) if kernel == "norm_backward" else (1,)
         stages = (1, 2, 3) if kernel == "norm_backward" and not amd else (1,)
     else:
-        tiles, programs, stages = [512, 1024, 2048, 4096, 8192], (1,), (1,)
+        tiles, programs = [512, 1024, 2048, 4096, 8192], (1,)
+        stages = (1, 2, 3) if kernel == "cross_entropy_statistics" and not amd else (1,)
     for tile, warps, per_sm, stage in itertools.product(tiles, (1, 2, 4, 8, 16, 32), programs, stages):
         if warps * lanes <= 1024 and tile // (warps * lanes) in per_lane:
             yield Row(size, tile, warps, stage, per_sm)
@@ -68,7 +72,14 @@ def launches(kernel: str, size: int, rows: int, device: torch.device, sets: int)
         out, angle = (torch.empty_like(q), torch.empty_like(k)), random(rows, 1, head_dim // 2, dtype=torch.float32)
         return lambda on: rope_launch(on, (q, k, angle, angle), out, False).run()
 
-    return [one() for _ in range(sets)]
+    def of_logits() -> Callable[[Device], Any]:
+        logits, labels = random(rows, size), torch.zeros(rows, 1, device=device, dtype=torch.int64)
+        top, other = (random(rows, 1, dtype=torch.float32) for _ in range(2))
+        if kernel == "cross_entropy_statistics":
+            return lambda on: statistics_launch(on, logits, top, other, None).run()
+        return lambda on: gradient_launch(on, logits, top, other, None, other, labels).run()
+
+    return [of_logits() if kernel in LOSS_KERNELS else one() for _ in range(sets)]
 
 
 def _run_and_reduce(launch: tuple[Any, Tensor]) -> Tensor:
@@ -113,8 +124,10 @@ def main() -> None:
     clock, tuned = Clock(device, arguments.smoke), {}
     for kernel in arguments.kernels:
         print(f'"{kernel}": (')
-        for size in sizes:
-            ranking = tune(clock, kernel, size, rows, limit)
+        # A row of logits is as long as many hidden states.
+        of_loss = kernel in LOSS_KERNELS and not arguments.smoke
+        for size in (VOCAB,) if of_loss else sizes:
+            ranking = tune(clock, kernel, size, rows // 8 if of_loss else rows, limit)
             tuned[f"{kernel} {size}"] = [{"seconds": seconds, **row._asdict()} for seconds, row in ranking]
             if ranking:
                 print(f"    {ranking[0][1]},  # {ranking[0][0] * 1e6:.1f} µs", flush=True)

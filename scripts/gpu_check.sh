@@ -4,10 +4,10 @@
 #   ./scripts/gpu_check.sh [--device cpu]        example: PYTHON=python3 OUT=/scratch/results ./scripts/gpu_check.sh
 #
 # Needs a CUDA or ROCm torch with its Triton; the kernel tests need pytest and hypothesis too, the training benchmark
-# titanling's dependencies, and are left out, and said so, without them. Three parts, each with a time limit of its own:
-# all kernel tests on the device, benchmarks/kernels.py, benchmarks/train_gpu.py. Results as JSON in OUT
-# (benchmarks/results). --device cpu is a dry run in tiny sizes. Exit code: 0 all went well, 1 something failed, 2 there
-# is nothing to check here.
+# titanling's dependencies, and are left out, and said so, without them. Four parts, each with a time limit of its own:
+# all kernel tests on the device, benchmarks/kernels.py, benchmarks/loss_gpu.py, benchmarks/train_gpu.py. Results as JSON
+# in OUT (benchmarks/results). --device cpu is a dry run in tiny sizes. Exit code: 0 all went well, 1 something failed,
+# 2 there is nothing to check here.
 set -uo pipefail
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   sed -n '2,/^set /p' "$0" | sed '/^set /d; s/^# \{0,1\}//'
@@ -81,7 +81,8 @@ fi
 
 smoke=()
 if [[ $DEVICE == cpu ]]; then smoke=(--smoke); fi
-part "kernels" 220 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --seconds 170 --json "$OUT/kernels_$NAME.json" "${smoke[@]}"
+part "kernels" 190 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --seconds 140 --json "$OUT/kernels_$NAME.json" "${smoke[@]}"
+part "loss" 40 "$PYTHON" benchmarks/loss_gpu.py --device "$DEVICE" --seconds 25 --json "$OUT/loss_$NAME.json" "${smoke[@]}"
 missing=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from train_gpu import missing; print(missing())')
 if [[ -n $missing ]]; then
   printf '\n== training: NOT RUN, %s\n' "$missing"

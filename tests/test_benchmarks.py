@@ -200,7 +200,7 @@ def test_goals_are_judged() -> None:
 def test_tune_kernels_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     results = smoke("tune_kernels", tmp_path, "--device", "cpu", TRITON_INTERPRET="1")
-    assert len(results["tuned"]) == 5
+    assert len(results["tuned"]) == 7
     assert all(len(rows) == 2 and rows[0]["seconds"] <= rows[1]["seconds"] for rows in results["tuned"].values())
 
 
@@ -222,6 +222,9 @@ def test_gpu_check_dry_run(tmp_path: Path) -> None:
     operations, names = ("rms_norm", "add_rms_norm", "swiglu", "rope"), ("titanling", "torch", "compile")
     assert cells >= {(o, d, n) for o in operations for d in ("forward", "backward") for n in names}
     assert all(row["device"] > 0 and row["wall"] > 0 and row["of_copy"] > 0 for row in results["results"])
+    loss = json.loads((tmp_path / "loss_cpu_dry_run.json").read_text(encoding="utf-8"))
+    assert loss["results"].keys() >= {"titanling", "titanling, torch", "all logits", "compiled"}
+    assert loss["dry_run"] and loss["missed"] == loss["left_out"] == [] and loss["rows_alone"]["seconds"] > 0
     training = json.loads((tmp_path / "train_cpu_dry_run.json").read_text(encoding="utf-8"))
     assert training["dry_run"] and training["left_out"] == training["problems"] == []
     assert [row["implementation"] for row in training["results"]] == ["triton", "torch"]
