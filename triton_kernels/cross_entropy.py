@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.implementation import choose
+from triton_kernels.implementation import choose, refuse
 from triton_kernels.language import jit, tl
 from triton_kernels.launch import Device, Launch, ceil_div, device_of, row_for
 from triton_kernels.loss_options import IGNORE_INDEX, PLAIN, LossOptions, check_inputs, check_vocabulary
@@ -147,7 +147,7 @@ class _Triton:
     """By the kernels. Needs no memory but a few numbers for each row."""
 
     def __init__(self, logits: Tensor, gradient: bool) -> None:
-        self.logits, self.device = logits, device_of(logits, "cross_entropy")
+        self.logits, self.device = logits, device_of(logits, "cross_entropy", INSTEAD)
 
     def statistics(self, smoothing: bool) -> tuple[Tensor, ...]:
         found = self.logits.new_empty(3 if smoothing else 2, self.logits.size(0), 1, dtype=torch.float32).unbind()
@@ -181,6 +181,7 @@ class _Torch:
             self.logits.copy_(gradient)
 
 
+INSTEAD = 'LossOptions.by = "torch" would run it'
 _WAYS: dict[str, Any] = {"triton": _Triton, "torch": _Torch}
 
 
@@ -191,9 +192,7 @@ def _way(logits: Tensor, options: LossOptions) -> str:
         return _automatic(logits.device) if fits else "torch"
     if options.by == "triton" and not fits:
         kind = f"{logits.dtype} with strides {logits.stride()}"
-        raise ValueError(
-            f'cross_entropy: the Triton kernels take dense rows of 16 or 32 bits, not {kind}; by = "torch" takes any'
-        )
+        refuse("cross_entropy", f"the Triton kernels take dense rows of 16 or 32 bits, not {kind}", INSTEAD)
     return options.by
 
 

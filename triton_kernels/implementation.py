@@ -76,6 +76,7 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and INTERPRETED)
 
 
-def refuse(operation: str, problem: str) -> None:
-    """Raise the ValueError of an operation whose Triton kernel cannot do what is asked."""
-    raise ValueError(f'{operation}: {problem}; implementation = "torch" would run {operation}_torch')
+def refuse(operation: str, problem: str, instead: str = "") -> None:
+    """Raise the ValueError of an operation whose Triton kernel cannot do what is asked, and say what would."""
+    instead = instead or f'implementation = "torch" would run {operation}_torch'
+    raise ValueError(f"{operation}: {problem}; {instead}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_kernels.implementation import available, target
+from triton_kernels.implementation import available, refuse, target
 
 
 class Row(NamedTuple):
@@ -129,11 +129,11 @@ def row_for(device: Device, kernel: str, elements: int, itemsize: int = 2) -> Ro
     return next(row for row in TABLES[device.target][kernel] if size <= row.size)
 
 
-def device_of(tensor: torch.Tensor, operation: str) -> Device:
-    """The device of a tensor. Raises ValueError if the Triton kernels do not run there."""
+def device_of(tensor: torch.Tensor, operation: str, instead: str = "") -> Device:
+    """The device of a tensor. Raises ValueError, and says what would run, if the Triton kernels do not run there."""
     problem = _problem(tensor.device)
     if problem is not None:
-        raise ValueError(f'{operation}: {problem}; implementation = "torch" would run {operation}_torch')
+        refuse(operation, problem, instead)
     return _device(tensor.device)
 
 
