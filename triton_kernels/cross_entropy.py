@@ -78,7 +78,8 @@ def _statistics_kernel(
         inside = column < vocab - start
         x = tl.load(logits_ptr + start + column, mask=inside, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, axis=0, keep_dims=True))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0, keep_dims=True)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf is not a number
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), axis=0, keep_dims=True)
         top = higher
         if SUM:
             plain += tl.sum(tl.where(inside, x, 0.0), axis=0, keep_dims=True)
@@ -186,7 +187,7 @@ _WAYS: dict[str, Any] = {"triton": _Triton, "torch": _Torch}
 
 
 def _way(logits: Tensor, options: LossOptions) -> str:
-    """One of BY but "auto". Raises ValueError where Triton is asked for and does not go with the logits."""
+    """ "triton" or "torch". Raises ValueError where Triton is asked for and does not go with the logits."""
     fits = logits.dtype != torch.float64 and logits.stride(1) == 1
     if options.by == "auto":
         return _automatic(logits.device) if fits else "torch"

@@ -5,6 +5,7 @@ On a CPU the interpreter runs the kernels: test_interpreter.py starts this file 
 torch, Triton, pytest and hypothesis only.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -344,6 +345,11 @@ def test_cross_entropy_of_large_logits() -> None:
     x = torch.tensor([[1e4, -1e4, -torch.inf], [-3e38, 0.0, 3e38]], device=DEVICE).requires_grad_()
     loss = kernels.cross_entropy(x, labels, kernels.LossOptions(by="triton"))
     assert loss.item() == 0 and torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(2, 3, device=DEVICE))
+    # More impossible ids than a program takes at once, before the first that is possible.
+    x = torch.cat((torch.full((1, 9000), -torch.inf), torch.zeros(1, 4)), dim=1).to(DEVICE).requires_grad_()
+    loss = kernels.cross_entropy(x, labels[:1] + 9000, kernels.LossOptions(by="triton"))
+    assert loss.item() == pytest.approx(math.log(4), rel=1e-6)
+    assert torch.autograd.grad(loss, x)[0][0, -5:].tolist() == [0, -0.75, 0.25, 0.25, 0.25]
 
 
 # ---- properties ----
