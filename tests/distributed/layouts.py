@@ -6,10 +6,12 @@ FOLDER/results.json. One launch for all of them: starting processes and importin
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import table
 import torch
@@ -24,6 +26,7 @@ from torch._dynamo.utils import counters
 from titanling import cli
 from titanling.model.generate import generate
 from titanling.parallel.compile import uncompiled
+from titanling.parallel.kernels import EXCHANGED, KernelChoice
 from titanling.trainer import Trainer
 
 PROMPT, NEW_TOKENS = [5, 31, 7], 12
@@ -46,6 +49,16 @@ def parity(suite: Suite, cases: Mapping[str, Case]) -> dict[str, Any]:
         results[name] = suite.compare(case.model, case.settings())
         results[name]["graphs"] = counters["stats"]["unique_graphs"]
     return results
+
+
+def on_the_kernels_ops(suite: Suite, cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Cases of a model that calls the kernels' ops, as on a GPU; a CPU computes them in torch. One process does not."""
+
+    def chosen(_: KernelChoice, key: str) -> str:
+        return "triton" if key in EXCHANGED and "RANK" in os.environ else "torch"
+
+    with mock.patch.object(KernelChoice, "chosen", chosen):
+        return parity(suite, {f"{name}, on the kernels' ops": case for name, case in cases.items()})
 
 
 def half_precision(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[str, Any]:
@@ -126,7 +139,7 @@ def two_ranks(suite: Suite) -> dict[str, Any]:
     more = {f"{name}, masked": ("masked", layouts[name][1]) for name in ("cp", "pp")}
     more |= {"pp, ZBV": ("deep", pipeline("ZBVZeroBubble"))}
     results: dict[str, Any] = {
-        "parity": parity(suite, table.two_ranks()),
+        "parity": parity(suite, table.two_ranks()) | on_the_kernels_ops(suite, table.on_the_kernels_ops()),
         "half_precision": {},
         "non_finite": {},
         "checkpoints": {name: checkpoints(suite, name, *layout) for name, layout in layouts.items()},
@@ -160,7 +173,9 @@ def four_ranks(suite: Suite) -> dict[str, Any]:
 GROUPS = {
     "two": two_ranks,
     "four": four_ranks,
-    "compiled two": lambda suite: parity(suite, table.compiled_two()),
+    "compiled two": lambda suite: (
+        on_the_kernels_ops(suite, table.on_the_kernels_ops("inductor")) | parity(suite, table.compiled_two())
+    ),
     "compiled four": lambda suite: parity(suite, table.compiled_four()),
 }
 

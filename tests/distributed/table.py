@@ -153,6 +153,14 @@ def four_ranks() -> dict[str, Case]:
     }
 
 
+def on_the_kernels_ops(compiled: str = "") -> dict[str, Case]:
+    """Where their inputs are DTensors, and where FSDP hands them weights; with and without recomputation."""
+    return {
+        "tp": Case("deep", mesh(tp=2), "op", compiled=compiled),
+        "fsdp": Case("deep", mesh(1, 2), "" if compiled else "full", compiled=compiled),
+    }
+
+
 def compiled_two() -> dict[str, Case]:
     """What the compiler meets on two ranks; six layers, so that a graph for each would be seen."""
     return {
