@@ -111,7 +111,7 @@ def _gradient_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < vocab - start
     logits_ptr += row.to(tl.int64) * stride + start
-    x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + column, mask=inside, other=float("-inf")).to(tl.float32)
     gradient = tl.exp(x - tl.load(top_ptr + row)) * tl.load(weight_ptr + row)
     if EVEN:
         gradient -= tl.load(even_ptr + row)

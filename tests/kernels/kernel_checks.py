@@ -352,6 +352,40 @@ def test_cross_entropy_of_large_logits() -> None:
     assert torch.autograd.grad(loss, x)[0][0, -5:].tolist() == [0, -0.75, 0.25, 0.25, 0.25]
 
 
+class Part:
+    """A shard of a vocabulary, ids from `first` on, that is told what the rank with all other logits would add."""
+
+    def __init__(self, first: int, total: int, other: Tensor, other_labels: Tensor) -> None:
+        self.first, self.total, self.largest = first, total, total
+        self.other, self.labels = other, other_labels
+
+    def max_(self, values: Tensor) -> Tensor:
+        self.top = torch.maximum(values, self.other.amax(1, keepdim=True))
+        return self.top
+
+    def sum_(self, values: Tensor) -> Tensor:
+        there = (self.labels >= 0) & (self.labels < self.other.size(1))
+        picked = self.other.gather(1, self.labels.where(there, 0)[:, None]) * there[:, None]
+        more = [(self.other - self.top).exp().sum(1, keepdim=True), picked, self.other.sum(1, keepdim=True)]
+        return values + torch.stack(more[: len(values)])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_a_divided_vocabulary(smoothing: float) -> None:
+    logits, labels = random(4, 1000) * 3, torch.tensor([3, 999, -100, 600], device=DEVICE)
+    logits[1, 600:] -= 200  # nothing that counts beside this row's first part
+    exact = logits.double().requires_grad_()
+    wanted = loss_reference(exact, labels, kernels.LossOptions(smoothing, 0.01))
+    gradient = torch.autograd.grad(wanted, exact)[0].split((600, 400), dim=1)
+    parts = logits.split((600, 400), dim=1)
+    for index, first in enumerate((0, 600)):
+        shard = Part(first, 1000, parts[1 - index], labels - (600 - first))
+        x = parts[index].clone().requires_grad_()
+        loss = kernels.cross_entropy(x, labels, kernels.LossOptions(smoothing, 0.01, shard, "triton"))  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        close(torch.autograd.grad(loss, x)[0], gradient[index], 1e-5)
+
+
 # ---- properties ----
 
 seeds = st.integers(0, 10**6)
