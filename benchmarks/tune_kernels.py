@@ -14,6 +14,7 @@ from device_time import Clock, describe
 from harness import machine, say, write_json
 from torch import Tensor
 
+from triton_kernels.ahead_of_time import VOCAB
 from triton_kernels.cross_entropy import gradient_launch, statistics_launch
 from triton_kernels.implementation import available, target
 from triton_kernels.launch import MAX_HIDDEN, TABLES, Device, Row, known
@@ -27,7 +28,6 @@ EXAMPLE = "example: python benchmarks/tune_kernels.py --kernels norm_backward --
 LOSS_KERNELS = ("cross_entropy_statistics", "cross_entropy_gradient")
 KERNELS = ("norm_forward", "norm_backward", "swiglu_forward", "swiglu_backward", "rope", *LOSS_KERNELS)
 SIZES = (128, 256, 512, 1024, 2048, 4096, 8192, MAX_HIDDEN)
-VOCAB = 128_256
 HEAD_DIM = 128
 TUNED = "tuned"
 """The name under which a candidate stands in the table of launches while it is timed."""

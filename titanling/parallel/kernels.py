@@ -53,7 +53,7 @@ class KernelChoice(Plan):
 
     def check(self, device: torch.device) -> None:
         """Raises UserError where Triton is asked for and does not run, or not for a model of this size."""
-        for operation in (*EXCHANGED, LOSS):
+        for operation in triton_kernels.OPERATIONS:
             self.chosen(operation)
 
     def chosen(self, operation: str) -> str:
@@ -82,7 +82,7 @@ class KernelChoice(Plan):
 
     def describe(self) -> str:
         """One line."""
-        by = {name: self.chosen(name) for name in (*EXCHANGED, LOSS)}
+        by = {name: self.chosen(name) for name in triton_kernels.OPERATIONS}
         found = {kind: ", ".join(name for name in by if by[name] == kind) for kind in ("triton", "torch")}
         return "; ".join(
             f"{found[kind]} in {said}" for kind, said in (("triton", "Triton"), ("torch", "torch")) if found[kind]
