@@ -5,13 +5,20 @@ of the optimizer, and fsync; `safe_open` and a copy into the tensors that are th
 they are written, manifest, fsync, rename; read with every hash verified. Loads find their files in the page cache.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import contextlib
 import io
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,18 +29,17 @@ from harness import ROOT, machine, say, write_json
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import make_tiny_data  # noqa: E402
-from runs import open_trainer  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+from helpers import make_tiny_data
+from runs import open_trainer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from titanling.checkpoint import folder  # noqa: E402
-from titanling.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from titanling.trainer import Trainer  # noqa: E402
+from titanling.checkpoint import folder
+from titanling.checkpoint.checkpointer import Checkpointer
+from titanling.trainer import Trainer
 
 EXAMPLE = "example: python benchmarks/checkpoint.py --rounds 5 --json results.json"
 MODEL = {"model.dim": 768, "model.n_layers": 14, "model.n_heads": 12, "model.n_kv_heads": 4, "model.ffn_dim": 2304}

@@ -5,6 +5,14 @@ with fused AdamW, on 2,048 random tokens a step in sequences of 512 and of 2,048
 given mean. Both steps take turns on the same model, so that drift of the machine cancels in their ratio.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import statistics
 import time

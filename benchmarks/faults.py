@@ -4,9 +4,16 @@ The rows are those of tests/faults, where every test run tries a few of each. Al
 hour on two cores. Exit code 1 if a gate is not met.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +25,17 @@ from harness import ROOT, machine, say, write_json
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
-import damage  # noqa: E402
-import full_disk  # noqa: E402
-import hostile  # noqa: E402
-import kills  # noqa: E402
-import lost  # noqa: E402
-import stops  # noqa: E402
-import worlds  # noqa: E402
-from harm import Died, Row  # noqa: E402
-from helpers import TinyData, make_tiny_data  # noqa: E402
+import damage
+import full_disk
+import hostile
+import kills
+import lost
+import stops
+import worlds
+from harm import Died, Row
+from helpers import TinyData, make_tiny_data
 
 EXAMPLE = "example: python benchmarks/faults.py --rows damage disk --json results.json"
 

@@ -5,10 +5,17 @@ dropped early. The list of bad words is made of words that few files hold. A rou
 over what it read, each made anew. Numbers of tokens are given: the preparation has them, for it encodes what is left.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import json
 import statistics
-import sys
 import sysconfig
 import tempfile
 import time

@@ -6,6 +6,14 @@ bfloat16 with Llama's casting, and gets the weight's gradient too. Most telling 
 suffice for is left out, and said.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import time
 from collections.abc import Callable, Iterator

@@ -11,11 +11,18 @@ Each is a process of its own; all stay loaded and take turns, so that drift of t
 is of the process's whole RSS: libraries, weights, optimizer state, activations.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any

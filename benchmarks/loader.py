@@ -9,6 +9,14 @@ Then --text, by default the standard library, a document a file, is packed by be
 with concat, and its padding counted.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import email
 import statistics

@@ -7,6 +7,14 @@ ours does, else in bfloat16. Then the rows' work alone, of logits that exist: it
 the ideal bytes, 6 for each logit. What the time does not suffice for is left out, and said.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import time
 from collections.abc import Callable

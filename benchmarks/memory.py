@@ -4,6 +4,14 @@ Each run is a process of its own, alone, of the model and batch of train_step.py
 libraries, weights, optimizer state, activations.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import statistics
 import tempfile

@@ -5,11 +5,18 @@ with a vocabulary of 32,768, 8 × 512 tokens a step without accumulation: under 
 in train_step.py. Layouts take turns in rounds, each alone on the machine; a ratio is taken within a round.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path

@@ -5,9 +5,16 @@ of December 2024 (benchmarks/llama3_h100_202412_torchtitan.md in its repository)
 power was limited to 500 W.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import statistics
-import sys
 import warnings
 from dataclasses import asdict
 from typing import Any

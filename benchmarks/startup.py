@@ -4,12 +4,19 @@ Everything is warm: the environment is the one of this Python, and a first run, 
 Runs in a folder of its own (--folder keeps the data for the next time).
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path

@@ -5,12 +5,19 @@ that reads the same JSONL; in a round they take turns. titanling's time includes
 tokenizers, hashing, syncing and the sidecar; none includes imports. Every round compares the files byte by byte.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import filecmp
 import json
 import statistics
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from importlib.util import find_spec

@@ -6,13 +6,20 @@ not suffice. Every configuration is a process of its own. Steps are timed withou
 more steps under it. What the time does not suffice for is left out, and said.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import importlib.util
 import json
 import math
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace

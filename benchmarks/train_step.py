@@ -5,9 +5,16 @@ loaded and take turns in rounds; every ratio is taken within a round, so that dr
 benchmarks/setup_peers.sh installs the peers; those that are not installed are left out.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path

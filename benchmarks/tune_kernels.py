@@ -3,6 +3,14 @@
 Nothing is written and nothing is tuned while training: a table in the source is what runs.
 """
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require(even_for_help=True)
+
 import argparse
 import itertools
 from collections.abc import Callable, Iterator

@@ -82,15 +82,22 @@ def satisfied(requirement: str, version: str | None) -> bool:
 
 def main() -> int:
     """Print the findings; return the exit code."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
     own, extras = "--own" in sys.argv, [argument for argument in sys.argv[1:] if argument != "--own"]
     if not own and os.path.realpath(sys.prefix) == os.path.realpath(os.path.join(ROOT, ".venv")):
         return 3
+    try:
+        wanted = requirements(extras)
+    except ValueError as error:
+        print(error)
+        return 2
     # Where this file lies must not make the project importable.
     sys.path = [entry for entry in sys.path if os.path.realpath(entry or ".") != os.path.join(ROOT, "scripts")]
     torch = installed_version("torch")
     if torch is None:
         return 3
-    wanted = requirements(extras)
     torch_wanted = next(item for item in wanted if re.match(r"torch\b", item))
     remedy = "activate an environment that has these, or an empty one to get a .venv made"
     if sys.version_info < MINIMUM_PYTHON:

@@ -1,11 +1,17 @@
 """What a run has saved: list, inspect, verify, compare and prune its checkpoints. Folders may be paths or URLs."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import json
 
 from titanling import cli
-from titanling.checkpoint.inventory import find_root, prune, take_stock, verify
-from titanling.checkpoint.text import pruned_text, stock_text, verdicts_text
 from titanling.text import escape_controls
 
 EXAMPLES = """examples:
@@ -54,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Arguments → one call; what it found, on stdout."""
     arguments = parser().parse_args()
+    # Imported late, so that --help answers at once.
+    from titanling.checkpoint.inventory import find_root, prune, take_stock, verify
+    from titanling.checkpoint.text import pruned_text, stock_text, verdicts_text
+
     code = 0
     if arguments.command == "list":
         root = find_root(arguments.run)

@@ -1,5 +1,13 @@
 """Compare tokenizers by the tokens that they spend on texts, per source: per word, per byte, and to each other."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import json
 from pathlib import Path
@@ -67,7 +75,7 @@ def main() -> None:
 
 def _row(source: str, tokenizer: str, figures: dict[str, float]) -> tuple[str, ...]:
     numbers = (figures[name] for name in ("tokens_per_word", "tokens_per_byte", "normalised_length"))
-    return source, tokenizer, *(f"{number:.3f}" for number in numbers)
+    return (source, tokenizer, *(f"{number:.3f}" for number in numbers))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,13 @@
 """Convert a checkpoint to a Hugging Face model directory. Under torchrun, the processes share the work."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import os
 

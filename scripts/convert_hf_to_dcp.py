@@ -1,16 +1,21 @@
 """Convert a Hugging Face directory of a Llama or dense Qwen3 model, or the tensors of a Megatron-core Llama checkpoint,
 to a checkpoint whose weights a run starts from: OUTPUT/step-000000."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from titanling import cli
 from titanling.errors import UserError
-from titanling.parallel.degrees import world_size
 
 EXAMPLE = "example: python scripts/convert_hf_to_dcp.py --input Llama-3.2-1B/ --output converted/"
 MEGATRON = (
@@ -40,6 +45,8 @@ def main() -> None:
     if arguments.format == "megatron" and (arguments.flavor is None) == (arguments.config is None):
         parser.error("--format megatron needs either --flavor or --config")
 
+    from titanling.parallel.degrees import world_size
+
     if world_size() > 1:
         raise UserError(
             f"WORLD_SIZE={world_size()}: this conversion is the work of one process; start it without torchrun"
@@ -57,6 +64,8 @@ def main() -> None:
     if made.model_table is None:
         print("no preset has its RoPE scaling, so no config can name this model: generate from it, export it")
     else:
+        import tomli_w
+
         print("a run starts from it with this in its config, beside what it needs else:\n")
         print(tomli_w.dumps({"model": made.model_table, "checkpoint": {"initial_load_path": str(made.path)}}))
 

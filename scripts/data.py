@@ -1,5 +1,13 @@
 """Look into prepared token files, check them, and join those of shards."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import json
 from typing import Any

@@ -1,5 +1,13 @@
 """Drop documents that are nearly the same as another (MinHash, by datatrove), here or as jobs of Slurm."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import os
 

@@ -1,5 +1,13 @@
 """Continue a text with a checkpoint's model."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 from pathlib import Path
 

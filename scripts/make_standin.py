@@ -1,6 +1,14 @@
 """Make a small stand-in for the data of train_configs/ of text that this machine has: its documentation, manuals,
 translations and Python's standard library, and where it has none in a language, openly, pseudo-text."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 
 from titanling.cli import run

@@ -1,12 +1,17 @@
 """Plan a layout before running it: memory, collectives, speed. One process, no GPU, no data."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 from pathlib import Path
 
 from titanling import cli
-from titanling.config import load_config
-from titanling.config.arguments import parse_arguments
-from titanling.planner.command import plan
 from titanling.planner.hardware import NAMES
 
 EXAMPLE = (
@@ -23,6 +28,11 @@ def main() -> None:
     parser.add_argument("--hardware", choices=NAMES, help="device (default: this machine's; mi250x is one GCD)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything here")
     arguments, rest = parser.parse_known_args()  # the rest are overrides, as of training: --table.key value
+    # Imported late, so that --help answers at once.
+    from titanling.config import load_config
+    from titanling.config.arguments import parse_arguments
+    from titanling.planner.command import plan
+
     overrides = parse_arguments(rest).overrides
     plan(load_config(arguments.config, overrides), arguments.world_size, arguments.hardware, arguments.json)
 

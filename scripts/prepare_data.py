@@ -1,5 +1,13 @@
 """Make a tokenizer and token files from text: JSON lines, Parquet, plain text, also packed."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import os
 from typing import TYPE_CHECKING

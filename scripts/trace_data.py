@@ -1,5 +1,13 @@
 """Which documents a step has read, and which steps have read a document."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import json
 import time

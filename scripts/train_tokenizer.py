@@ -1,5 +1,13 @@
 """Train a tokenizer on a weighted sample of several sources, and save it as a Hugging Face directory."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import os
 import time

@@ -1,5 +1,13 @@
 """Check what the loaders of a config hand out: nothing twice, nothing left out, every source in its share."""
 
+import sys
+from os.path import dirname, realpath
+
+sys.path.insert(0, dirname(dirname(realpath(__file__))))
+from titanling import environment
+
+environment.require()
+
 import argparse
 import json
 import re

@@ -11,6 +11,11 @@ failure into code 1 with a banner, forgets its children's codes when it is signa
 the middle of a save. It stays free of torch, so that it costs no start-up time and no memory.
 """
 
+if __name__ == "__main__":
+    from titanling import environment
+
+    environment.require()
+
 import argparse
 import ctypes
 import os

@@ -4,7 +4,6 @@ Every rank also runs the whole model by itself, so the model must fit into one d
 (`--model.n_layers 4`). What is compared is the layout with its recomputation and its compiler against neither.
 """
 
-import argparse
 import dataclasses
 import logging
 import math
@@ -18,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titanling import cli
-from titanling.config import Config, load_config
-from titanling.config.arguments import parse_arguments
+from titanling.config import Config, LoadedConfig
 from titanling.config.check import errors_name_the_file
 from titanling.config.schema import ActivationCheckpoint, Compile, Parallelism
 from titanling.errors import UserError
@@ -31,9 +28,6 @@ from titanling.trainer import Trainer
 
 BOUND = 1e-5
 """What float32 sums in another order may differ by; a wrong layout is off by far more."""
-EXAMPLE = (
-    "example: NGPU=4 python scripts/parity.py --config train_configs/debug.toml --parallelism.tensor_parallel_degree 2"
-)
 
 
 class Difference(NamedTuple):
@@ -56,19 +50,10 @@ class Difference(NamedTuple):
         return all(error < BOUND for error in (self.loss_error, self.norm_error, self.gradient_error))
 
 
-def main() -> int:
-    """Arguments → table on rank 0; 1 if the layout differs from one process."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/parity.py", description="Compare a layout with one process.", epilog=EXAMPLE, allow_abbrev=False
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's TOML; --table.key value overrides")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="optimizer steps (default 5)")
-    arguments, rest = parser.parse_known_args()
-    if arguments.steps < 1:
-        parser.error("--steps must be 1 or more")
+def compare(loaded: LoadedConfig, steps: int) -> int:
+    """Take `steps` steps and print a table on rank 0; 1 if the layout differs from one process."""
     # DTensor warns that gathering what FSDP and tensor parallelism share takes two steps: it costs nothing here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    loaded = load_config(arguments.config, parse_arguments(rest).overrides)
     with errors_name_the_file(loaded), ExitStack() as stack:
         if loaded.config.data.streams:
             raise UserError(
@@ -84,7 +69,7 @@ def main() -> int:
         stack.callback(layout.close)
         alone = single(config, shape, layout.sequences, folder)
         stack.callback(alone.close)
-        differences = [compare_step(layout, alone) for _ in range(arguments.steps)]
+        differences = [compare_step(layout, alone) for _ in range(steps)]
         if layout.world.rank == 0:
             print(report(differences), flush=True)
     return 0 if all(difference.equal for difference in differences) else 1
@@ -182,7 +167,3 @@ def report(differences: list[Difference]) -> str:
     equal = all(found.equal for found in differences)
     verdict = "equal to one process" if equal else "DIFFERENT from one process"
     return "\n".join([*lines, f"{verdict}: float32, within {BOUND:.0e}" if equal else f"{verdict} (bound {BOUND:.0e})"])
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -3,6 +3,11 @@
 Everything that can be wrong in the config, the data or the topology is said before torch is even imported.
 """
 
+if __name__ == "__main__":
+    from titanling import environment
+
+    environment.require(even_for_help=True)
+
 import os
 import signal
 import sys

@@ -50,8 +50,8 @@ def own_pip() -> tuple[Path, str]:
     return Path(str(pip.locate_file("pip"))), pip.version
 
 
-def make_wheel(folder: Path, name: str, version: str, requires: str | None = None) -> None:
-    """Write an empty but installable wheel."""
+def make_wheel(folder: Path, name: str, version: str, requires: str | None = None, module: bool = False) -> None:
+    """Write an empty but installable wheel, with an empty module if that is wanted."""
     stem = f"{name.replace('-', '_')}-{version}"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     if requires:
@@ -62,6 +62,8 @@ def make_wheel(folder: Path, name: str, version: str, requires: str | None = Non
             f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
+        if module:
+            wheel.writestr(f"{name.replace('-', '_')}.py", "")
 
 
 class Machine:
@@ -81,7 +83,7 @@ class Machine:
         for name in (
             "run_train.sh",
             "pyproject.toml",
-            *(f"titanling/{n}.py" for n in ("cli", "errors", "launch", "text")),
+            *(f"titanling/{n}.py" for n in ("cli", "environment", "errors", "launch", "text")),
         ):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "titanling" / "__init__.py").write_text('__version__ = "0.1.0"\n')
@@ -123,7 +125,7 @@ class Machine:
     def offer(self, requirements: dict[str, str], requires: str | None = None) -> None:
         """Add wheels to the package index; each depends on `requires`."""
         for name, version in requirements.items():
-            make_wheel(self.wheels, name, version, requires)
+            make_wheel(self.wheels, name, version, requires, module=True)
 
     def offer_pip(self) -> None:
         """Add the tests' own pip to the package index."""

@@ -3,8 +3,6 @@
 import os
 from dataclasses import dataclass
 
-from titanling.metrics.hardware import peak_flops
-
 GIB = 2**30
 GIGA = 1e9
 TERA = 1e12
@@ -36,6 +34,8 @@ class Hardware:
 
     def peak(self, dtype: str) -> float | None:
         """Dense peak for matrix products of this type in FLOP/s; None where unknown."""
+        from titanling.metrics.hardware import peak_flops  # its package needs more than --help may
+
         return peak_flops(self.driver_name, dtype)
 
 
