@@ -87,7 +87,7 @@ def test_extends_in_a_circle(tmp_path: Path) -> None:
             {"parallelism.plans": ["a.py:Mine"]},
             'parallelism.plans = "a.py:Mine": "a.py" is no Python file; give "path/',
         ),
-        ({"model.converters": ["mine"]}, 'model.converters = ["mine"]: no such converter; there is "quantize.linear.'),
+        ({"model.converters": ["mine"]}, "model.converters = \"mine\": must be 'quantize.linear.float8'"),
         ({"data.train": None}, "data.train is not set"),
         ({"validation.enable": True, "data.validation": None}, "validation.enable = true needs data.validation"),
         ({"sampling.freq": 1, "model.hf_assets_path": None}, "sampling.freq > 0 needs a tokenizer"),
@@ -164,7 +164,7 @@ def test_batch_and_degrees_against_the_world_size(
     ("changes", "says"),
     [
         ({"comm.backend": "nccl"}, 'comm.backend = "nccl" needs GPUs and this machine has none; set "auto" or "gloo"'),
-        ({"model.converters": ["quantize.linear.float8"]}, "needs an NVIDIA GPU of compute capability 8.9 or more"),
+        ({"model.converters": ["float8"]}, "needs an NVIDIA GPU of compute capability 8.9 or more"),
         ({"kernels.implementation": "triton"}, '"auto" would run torch here'),
     ],
 )

@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,6 +47,13 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         code = _refuse(f"{error.filename or 'disk'}: {error.strerror}; free space or mend permissions, then run again")
     sys.exit(code or 0)
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print warnings to stderr, a line each; of several ranks the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            print(f"warning: {escape_controls(' '.join(line.split()))}", file=sys.stderr, flush=True)
 
 
 def _end_with(code: int | None) -> None:

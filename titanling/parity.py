@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titanling.cli import warn
 from titanling.config import Config, LoadedConfig
 from titanling.config.check import errors_name_the_file
 from titanling.config.schema import ActivationCheckpoint, Compile, Parallelism
@@ -61,6 +62,7 @@ def compare(loaded: LoadedConfig, steps: int) -> int:
                 " layout; compare it on token files (scripts/prepare_data.py makes them)"
             )
         shape, degrees = check(loaded.config)
+        warn(loaded.remarks)
         shape = dataclasses.replace(shape, dropout=0.0)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="titanling-parity-"))
         config = comparable(loaded.config, folder)

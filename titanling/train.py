@@ -57,6 +57,7 @@ def main() -> int | None:
         return 0
     with errors_name_the_file(loaded):
         shape, degrees = check(config)
+        cli.warn(loaded.remarks)
         stop = StopRequest()
         stop.install()
         losses, steps = _run(config, shape, degrees, stop)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import tomli
-from helpers import TinyData, clean_env, run_train
+from helpers import TinyData, clean_env, run_train, tiny_config
 
 from titanling.config.check import check_runnable
-from titanling.config.load import dump_toml, is_key, load_config
-from titanling.config.torchtitan import NOTHING_ASKED, is_torchtitan_key
+from titanling.config.load import dump_toml, is_key, known_tables, load_config
+from titanling.config.torchtitan import CONVERTERS, NO_FIELDS, is_torchtitan_key
 from titanling.errors import UserError
 from titanling.model.presets import resolve_shape
 
@@ -44,7 +44,8 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
 )
 def test_the_llama3_tomls(tmp_path: Path, name: str, total: int, tokens: int) -> None:
     path = TOMLS / f"{name}.toml"
-    config = load_config(path).config
+    config, _, _, remarks = load_config(path)
+    assert remarks == []
     assert resolve_shape(config.model).total_params == total
     assert config.training.local_batch_size * config.training.seq_len == tokens
     resolved = tmp_path / "resolved.toml"
@@ -57,6 +58,8 @@ def test_the_llama3_tomls(tmp_path: Path, name: str, total: int, tokens: int) ->
         here, there = kept, tomli.loads(path.read_text())
         for part in table.split("."):
             here, there = here[part], there[part]
+        if dotted == "model.converters":
+            there[key] = [CONVERTERS.get(name, name) for name in there[key]]
         assert key not in here and is_torchtitan_key(dotted) or here[key] == there[key], dotted
 
     run = run_train("--config", path, cwd=tmp_path)
@@ -73,35 +76,74 @@ def test_every_key_is_known_and_its_default_loads() -> None:
     keys = leaves(tomli.loads(path.read_text())) + UNSET_BY_DEFAULT
     assert len(keys) == 149
     assert [key for key in keys if not is_key(key) and not is_torchtitan_key(key)] == []
-    load_config(path)
-    # The list of dropped keys holds nothing that is not torchtitan's, and nothing that we have a field for.
-    known = {*keys, *(key.rpartition(".")[0] for key in keys), "quantize.grouped_mm"}
+    assert load_config(path).remarks == []
+    # The list of keys without a field holds nothing that is not torchtitan's, and nothing that we have a field for.
     older = {"job.print_args", "job.use_for_integration_test"}
-    assert set(NOTHING_ASKED) - known == older
-    assert [key for key in NOTHING_ASKED if is_key(key)] == []
+    assert set(NO_FIELDS) - {*keys} == older
+    assert [key for key in NO_FIELDS if is_key(key)] == []
 
 
-STEERING = {key: off for key, off in NOTHING_ASKED.items() if ... not in off}
-
-
-@pytest.mark.parametrize("dotted", STEERING)
-def test_an_unsupported_key_that_asks_for_something_is_refused(tmp_path: Path, dotted: str) -> None:
+@pytest.mark.parametrize("dotted", NO_FIELDS)
+def test_a_key_without_a_field_is_at_its_default_or_refused_or_said_to_have_no_effect(
+    tmp_path: Path, dotted: str
+) -> None:
     path = tmp_path / "a.toml"
     path.write_text("")
-    for value in (True, 7, "x", ["x"], 0):
+    known = NO_FIELDS[dotted]
+    default = load_config(path).config
+    for value in known.silent:
+        if dotted != "checkpoint.initial_load_in_hf":
+            assert load_config(path, {dotted: value})[::3] == (default, [])
+    for value in (True, False, 7, "x", ["x"], 0):
+        if any(value == silent and type(value) is type(silent) for silent in known.silent):
+            continue
+        if known.why:
+            config, _, _, remarks = load_config(path, {dotted: value})
+            said = f"command line: {dotted} = {json.dumps(value)} has no effect here: {known.why}"
+            assert (config, remarks) == (default, [said])
+            continue
         with pytest.raises(UserError) as caught:
             load_config(path, {dotted: value})
         assert f"command line: {dotted} = " in str(caught.value)
         assert "is a torchtitan setting that titanling does not support; remove it" in str(caught.value)
 
 
-@pytest.mark.parametrize("dotted", NOTHING_ASKED)
-def test_a_key_that_asks_for_nothing_is_dropped(tmp_path: Path, dotted: str) -> None:
+def test_what_has_no_effect_is_said_when_it_is_run_or_planned(tmp_path: Path, tiny_data: TinyData) -> None:
+    changes = {"comm.trace_buf_size": 0, "training.steps": 1, "checkpoint.enable": False}
+    path = tiny_config(tmp_path, tiny_data, changes)
+    said = f"warning: {path}: comm.trace_buf_size = 0 has no effect here: torch's flight recorder stays as"
+    run = run_train("--config", path)
+    assert run.returncode == 0 and run.stderr.startswith(said) and run.stderr.count("\n") == 1, run.stderr
+    # The resolved config says nothing of it any more.
+    assert load_config(tmp_path / "run" / "config.toml").remarks == []
+    planned = run_train("--config", path, "--dry-run")
+    assert planned.returncode == 0 and planned.stderr.startswith(said), planned.stderr
+
+
+def test_the_405b_file_is_planned(tmp_path: Path) -> None:
+    from titanling.planner.hardware import hardware
+    from titanling.planner.setup import resolve
+
+    loaded = load_config(TOMLS / "llama3_405b.toml", {"model.hf_assets_path": str(tmp_path)})
+    assert loaded.config.model.converters == ("quantize.linear.float8",)
+    assert resolve(loaded.config, 128, hardware("h100")).float8
+    both = load_config(TOMLS / "llama3_405b.toml", {"model.converters": ["float8", "quantize.linear.float8"]})
+    assert both.config.model.converters == ("quantize.linear.float8",)
+
+
+def test_weights_beside_the_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
-    path.write_text("")
-    for off in NOTHING_ASKED[dotted]:
-        value = "anything" if off is ... else off
-        assert load_config(path, {dotted: value}).config == load_config(path).config
+    path.write_text('[model]\nhf_assets_path = "hf"\n[checkpoint]\ninitial_load_in_hf = true\n')
+    config, _, _, remarks = load_config(path)
+    assert config.checkpoint.initial_load_path == "hf"
+    assert remarks == [
+        f"{path}: checkpoint.initial_load_in_hf = true without initial_load_path: the run starts from the weights in"
+        " model.hf_assets_path"
+    ]
+    config, _, _, remarks = load_config(path, {"checkpoint.initial_load_path": "other"})
+    assert (config.checkpoint.initial_load_path, remarks) == ("other", [])
+    with pytest.raises(UserError, match="takes the weights of model.hf_assets_path, which is not set"):
+        load_config(path, {"model.hf_assets_path": None})
 
 
 def test_its_keys_work_on_the_command_line_too() -> None:
@@ -115,12 +157,22 @@ def test_its_keys_work_on_the_command_line_too() -> None:
     )
 
 
-@pytest.mark.parametrize("table", ["memory_estimation", "fault_tolerance", "experimental"])
+TABLES = sorted({dotted.rpartition(".")[0] for dotted in NO_FIELDS} - {*known_tables()}) + ["quantize.grouped_mm"]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_a_misspelt_key_in_a_table_of_torchtitan(tmp_path: Path, table: str) -> None:
     path = tmp_path / "a.toml"
-    path.write_text(f"[{table}]\nenabel = true\n")
-    with pytest.raises(UserError, match=table):
+    key = next((dotted.rpartition(".")[2] for dotted in NO_FIELDS if dotted.rpartition(".")[0] == table), "zzzz")
+    hint = f"; did you mean {key}?" if key != "zzzz" else "; remove it"
+    path.write_text(f"[{table}]\n{key}s = true\n")
+    with pytest.raises(UserError) as caught:
         load_config(path)
+    assert str(caught.value) == f"{path}: unknown key {key}s in torchtitan's [{table}]{hint}"
+    path.write_text(f"{table} = 3\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: {table} = 3: must be a table, [{table}]"
 
 
 def test_its_data_sets_become_sources(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from titanling.config.schema import Config
-from titanling.config.torchtitan import refuse_or_drop, stream_data_set
+from titanling.config.torchtitan import translate
 from titanling.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -28,6 +28,8 @@ class LoadedConfig(NamedTuple):
     origins: dict[str, str]
     path: str
     """The file that was loaded: where a key belongs that no file sets."""
+    remarks: list[str] = []
+    """What has no effect though a file says it, a line each: for whoever starts something with this config to say."""
 
     def where(self, dotted: str) -> str:
         """The file (or the command line) that set a key or a table, for error messages."""
@@ -45,10 +47,9 @@ def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
         origins[without_places(dotted)] = COMMAND_LINE
-    stream_data_set(tree, lambda key: _origin(origins, key, str(path)))
-    refuse_or_drop(tree, lambda key: _origin(origins, key, str(path)))
+    remarks = translate(tree, lambda key: _origin(origins, key, str(path)), known_tables().__contains__)
     try:
-        return LoadedConfig(Config.model_validate(tree), origins, str(path))
+        return LoadedConfig(Config.model_validate(tree), origins, str(path), remarks)
     except ValidationError as error:
         raise UserError(_explain(error, origins, str(path))) from None
 

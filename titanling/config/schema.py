@@ -96,8 +96,8 @@ class Model(Table):
     """Directory of a Hugging Face tokenizer (tokenizer.json), used to sample, check the data and export."""
     tokenizer_path: Text | None = not_yet(None)
     """torchtitan's deprecated tokenizer.model path; use hf_assets_path."""
-    converters: Strings = ()
-    """Model converters; "quantize.linear.float8" is the one there is."""
+    converters: Annotated[tuple[Literal["quantize.linear.float8"], ...], BeforeValidator(_as_tuple)] = ()
+    """Model converters; "quantize.linear.float8", or "float8" for short, is the one there is."""
     print_after_conversion: bool = not_yet(False)
     """Print the model after the converters ran."""
     dim: int | None = Field(None, ge=8)
@@ -380,9 +380,10 @@ class Float8(Table):
     """float8 linear layers; read only when model.converters names quantize.linear.float8."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather sharded weights in float8."""
+    """torchtitan gathers sharded weights in float8; here they are gathered as mixed_precision_param says, and this has
+    no effect."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute all scales in one reduction after the optimizer step."""
+    """The scales of weights that are gathered in float8, in one reduction; no effect here either."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     """Scaling recipe."""
     filter_fqns: Strings = ()

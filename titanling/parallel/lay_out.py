@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from titanling.config.schema import ActivationCheckpoint, Compile, Kernels, Model, Parallelism, Quantize, Training
-from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel import plan
 from titanling.parallel.activation_checkpoint import ActivationCheckpointing
@@ -49,9 +48,7 @@ def build_plans(
     ]
     if activation_checkpoint.mode != "none":
         plans.append(ActivationCheckpointing(activation_checkpoint, compiled))
-    for name in model.converters:
-        if name != CONVERTER:
-            raise UserError(f'model.converters = ["{name}"]: no such converter; there is "{CONVERTER}"')
+    if CONVERTER in model.converters:
         plans.append(Float8Linear(quantize.linear.float8))
     if compiled:
         plans.append(CompileBlocks(compile))

@@ -30,9 +30,6 @@ class Float8Linear(Plan):
         asked = f'model.converters = ["{CONVERTER}"]'
         if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < CAPABILITY:
             raise UserError(f"{asked} needs an NVIDIA GPU of compute capability 8.9 or more (L4, H100, …); remove it")
-        for key in ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"):
-            if getattr(self.settings, key):
-                raise UserError(f"quantize.linear.float8.{key} = true is not supported yet; set it to false")
         try:
             import torchao.float8  # noqa: F401
         except ImportError:
@@ -56,4 +53,7 @@ class Float8Linear(Plan):
 
     def describe(self) -> str:
         """One line."""
-        return f"blocks multiply in float8, {self.settings.recipe_name or 'tensorwise'}"
+        keys = ("enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp")
+        idle = " and ".join(key for key in keys if getattr(self.settings, key))
+        said = f"; weights are not gathered in float8: no effect of {idle}" if idle else ""
+        return f"blocks multiply in float8, {self.settings.recipe_name or 'tensorwise'}{said}"

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from titanling.cli import warn
 from titanling.config import LoadedConfig
 from titanling.config.check import errors_name_the_file
 from titanling.errors import UserError
@@ -30,6 +31,7 @@ def plan(loaded: LoadedConfig, world: int, hardware: str | None = None, out: Pat
         warnings.simplefilter("ignore")  # torch's, about a mesh that is not there
         planned = forecast(resolve(loaded.config, world, row(hardware or here())))
         better = [] if planned.fits else remedies(planned)
+    warn(loaded.remarks)
     show(planned, better, Console(width=None if sys.stdout.isatty() else 160))
     if out is not None:
         try:
