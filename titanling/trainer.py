@@ -104,6 +104,7 @@ class Trainer:
             lambda line: self.metrics.info(line),
             world.dp_rank,
             world.degrees.dp,
+            self.shape.vocab_size,
         )
         self.batches = iter(self.text.loader)
         same = (world.index(dimension) for dimension in ("pp", "cp", "tp"))  # ranks that share their sequences

@@ -12,12 +12,11 @@ from data_helpers import run_python, write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titanling.data.check_files import check_dataset, verify_hashes
 from titanling.data.indexed import (
     IndexedDataset,
     IndexedWriter,
-    check_dataset,
     read_sidecar,
-    verify_hashes,
 )
 from titanling.errors import UserError
 

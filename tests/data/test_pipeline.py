@@ -15,7 +15,8 @@ from data_helpers import json_lines, run_python, start_python, texts_of
 
 from titanling.config import load_config
 from titanling.config.schema import Prepare
-from titanling.data.indexed import IndexedDataset, IndexedWriter, verify_hashes
+from titanling.data.check_files import verify_hashes
+from titanling.data.indexed import IndexedDataset, IndexedWriter
 from titanling.data.prepare import pieces, pipeline, pool, progress
 from titanling.data.prepare.encode import Encoder
 from titanling.data.prepare.progress import progress_line

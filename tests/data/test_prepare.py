@@ -19,7 +19,8 @@ from data_helpers import ROOT, run_python, texts_of
 from tokenizers import Tokenizer
 
 from titanling.config.schema import Prepare
-from titanling.data.indexed import IndexedDataset, check_dataset, read_sidecar, verify_hashes
+from titanling.data.check_files import check_dataset, verify_hashes
+from titanling.data.indexed import IndexedDataset, read_sidecar
 from titanling.data.prepare.readers import Reading, read_texts
 from titanling.data.prepare.run import prepare
 from titanling.data.prepare.text import find_files

@@ -252,7 +252,7 @@ def test_more_files_than_may_be_open(root: Path) -> None:
 
 def test_sources_of_two_tokenizers(root: Path, tmp_path: Path) -> None:
     for name, tokenizer in (("a", "ab"), ("c", "cd")):
-        write_documents(str(tmp_path / name), [list(range(30))], 5000, tokenizer_sha256=tokenizer * 32)
+        write_documents(str(tmp_path / name), [[*range(1, 30), 0]], 5000, tokenizer_sha256=tokenizer * 32)
     settings = data(tmp_path, sources=[{"name": n, "paths": [n], "weight": 1.0} for n in "ac"], stages=[])
     with pytest.raises(UserError, match=r"/a and .*/c were tokenised by different tokenizers .*abab.* and cdcd"):
         check_sources(settings, 5000, None, SEQ_LEN)

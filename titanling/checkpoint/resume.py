@@ -29,12 +29,14 @@ def check_resumable(
             f" {_stages(now)}; restore these (with the same training.global_batch_size): only what begins after that"
             " step may change"
         )
+    files = [before.pop("files", {}), now.pop("files", {})]
     differ = {_file_words(key): pair for key, pair in _differences(before, now).items()}
     if differ:
         raise UserError(
             f"{path}: was trained on other data than this config: {_words(differ)}; restore these, or use another"
             " job.dump_folder"
         )
+    _check_files(path, *files)
     changed = {
         key: pair
         for key, pair in _differences(state["config"], config).items()
@@ -53,11 +55,26 @@ def _check_stream(path: Path, before: dict[str, Any] | None, now: dict[str, Any]
         )
 
 
+def _check_files(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare the content of token files, wherever they are now; checkpoints of earlier versions say nothing of it."""
+    for name in sorted(before.keys() & now.keys()):
+        for old, new in zip(before[name], now[name], strict=False):
+            for key, suffix in (("tokens", ""), ("sample", ""), ("index", "'s index")):
+                if old.get(key) != new.get(key):
+                    raise UserError(
+                        f"{new['path']}{suffix}: holds something else than what {path} was trained on (source"
+                        f' "{name}": {key} {_short(old.get(key))}, now {_short(new.get(key))}); restore it, or use'
+                        " another job.dump_folder"
+                    )
+
+
 def _read_so_far(data: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Without the stages that have not begun after so many tokens, and without the sources that only they read."""
     stages = [stage for stage in data["stages"] if stage["start"] * data["seq_len"] < max(1, tokens)]
     names = {name for stage in stages for name in stage["weights"]}
-    return data | {"stages": stages, "sources": {n: hashes for n, hashes in data["sources"].items() if n in names}}
+    tables = {key: data[key] for key in ("sources", "files") if key in data}
+    kept = {key: {name: each for name, each in table.items() if name in names} for key, table in tables.items()}
+    return data | {"stages": stages} | kept
 
 
 def _file_words(key: str) -> str:

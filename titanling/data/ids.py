@@ -57,7 +57,12 @@ def read_ids(prefix: str, documents: Sequence[int]) -> list[str | int]:
         while len(found) < len(wanted) and wanted[len(found)] < passed + len(ends):
             line = wanted[len(found)] - passed
             start = int(ends[line - 1]) + 1 if line else 0
-            found[wanted[len(found)]] = json.loads((b"" if line else begun) + block[start : int(ends[line])])
+            try:
+                found[wanted[len(found)]] = json.loads((b"" if line else begun) + block[start : int(ends[line])])
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{ids_path(prefix)}:{wanted[len(found)] + 1}: damaged ({' '.join(str(error).split())}); restore it"
+                ) from None
         passed += len(ends)
         begun = block[int(ends[-1]) + 1 :] if len(ends) else begun + block
     if len(found) < len(wanted):

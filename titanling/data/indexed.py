@@ -20,8 +20,9 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from titanling.data.identity import sample_file
 from titanling.data.ids import ids_path
-from titanling.data.tokenfile import TokenFile
+from titanling.data.tokenfile import FileArray, OpenFile, TokenFile
 from titanling.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -43,9 +44,10 @@ def dtype_code(vocab_size: int) -> int:
 class IndexedDataset(TokenFile):
     """Random access to the tokens of one .bin/.idx pair.
 
-    Holds one file descriptor for `.bin` and a memory map of `.idx`.
+    Holds a file descriptor of each.
 
-    Attributes: `prefix`; `num_tokens`; `num_documents`; `dtype` (uint16 or int32).
+    Attributes: `prefix`; `num_tokens`; `num_documents`; `dtype` (uint16 or int32); `index`, the open `.idx`,
+    and its three arrays, `lengths`, `pointers` and `documents`.
     Raises `UserError` when a file is missing, damaged, empty or of a type we do not read.
     """
 
@@ -58,16 +60,13 @@ class IndexedDataset(TokenFile):
         code, sequences, documents = _read_header(idx_path)
         dtype = DTYPES[code]
         self.num_documents = documents
-        index = np.memmap(idx_path, dtype=np.uint8, mode="r").view(np.ndarray)
-        at = HEADER.size
-        self._lengths = index[at : at + 4 * sequences].view("<i4")
-        at += 4 * sequences
-        self._pointers = index[at : at + 8 * sequences].view("<i8")
-        at += 8 * sequences
-        self._documents = index[at : at + 8 * (documents + 1)].view("<i8")
-        expected = int(self._pointers[-1]) + int(self._lengths[-1]) * dtype.itemsize
+        self.index = OpenFile(idx_path)
+        self.lengths = FileArray(self.index, "<i4", HEADER.size, sequences)
+        self.pointers = FileArray(self.index, "<i8", HEADER.size + 4 * sequences, sequences)
+        self.documents = FileArray(self.index, "<i8", HEADER.size + 12 * sequences, documents + 1)
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * dtype.itemsize
         size = os.path.getsize(bin_path)
-        if size != expected or self._pointers[0] != 0 or self._documents[-1] != sequences:
+        if size != expected or self.pointers[0] != 0 or self.documents[-1] != sequences:
             raise UserError(f"{bin_path}: {size} bytes, but {idx_path} describes {expected}; {PREPARE_AGAIN}")
         if size == 0:
             raise UserError(f"{bin_path}: holds no tokens; {PREPARE_AGAIN}")
@@ -82,24 +81,32 @@ class IndexedDataset(TokenFile):
         """Offsets of one document's tokens in the flat stream. Raises IndexError."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"{self.prefix}: document {index} of {self.num_documents}")
-        first, last = int(self._documents[index]), int(self._documents[index + 1])
-        start = int(self._pointers[first]) // self.dtype.itemsize
-        return range(start, start + int(self._lengths[first:last].sum()))
+        first, last = int(self.documents[index]), int(self.documents[index + 1])
+        start = int(self.pointers[first]) // self.dtype.itemsize
+        return range(start, start + int(self.lengths[first:last].sum()))
 
     def document_at(self, offset: int) -> int:
         """The document that holds the token at an offset of the flat stream. Raises IndexError beyond the stream."""
         if not 0 <= offset < self.num_tokens:
             raise IndexError(f"{self._bin_path}: offset {offset} outside the {self.num_tokens} tokens of the file")
-        sequence = np.searchsorted(self._pointers, offset * self.dtype.itemsize, side="right") - 1
-        return int(np.searchsorted(self._documents, sequence, side="right")) - 1
+        sequence = self.pointers.searchsorted(offset * self.dtype.itemsize, side="right") - 1
+        return self.documents.searchsorted(sequence, side="right") - 1
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
         """Where documents begin behind offset `begin` and before `end`: int64 offsets, in order."""
         width = self.dtype.itemsize
-        first = np.searchsorted(self._pointers, begin * width, side="right")
-        last = np.searchsorted(self._pointers, end * width)
-        documents = self._documents[np.searchsorted(self._documents, first) : np.searchsorted(self._documents, last)]
-        return np.unique(self._pointers[documents]) // width
+        first = self.pointers.searchsorted(begin * width, side="right")
+        last = self.pointers.searchsorted(end * width)
+        if len(self.lengths) == self.num_documents:  # one sequence each, as we write them
+            return np.unique(self.pointers[first:last]) // width
+        documents = self.documents[self.documents.searchsorted(first) : self.documents.searchsorted(last)]
+        return np.unique(self.pointers[documents]) // width
+
+    def close(self) -> None:
+        """Close both files; later reads fail. Closing twice is allowed."""
+        super().close()
+        if hasattr(self, "index"):
+            self.index.close()
 
 
 def _read_header(path: str) -> tuple[int, int, int]:
@@ -205,6 +212,8 @@ class IndexedWriter:
             bin_bytes=tokens * self._dtype.itemsize,
             bin_sha256=self._bin_hash.hexdigest(),
             idx_sha256=self._idx_hash.hexdigest(),
+            bin_sample=sample_file(f"{self.prefix}.bin"),
+            idx_sample=sample_file(f"{self.prefix}.idx"),
             ids_sha256=ids_sha256,
             source=source,
         )
@@ -270,6 +279,9 @@ class Sidecar(BaseModel):
     bin_bytes: int = Field(ge=1)
     bin_sha256: str
     idx_sha256: str
+    bin_sample: str | None = None
+    """Sampled hash (`identity`), compared whenever a run starts; None: earlier versions wrote none."""
+    idx_sample: str | None = None
     ids_sha256: str | None = None
     """Of the documents' names, PREFIX.ids.jsonl, if they have some."""
     source: str
@@ -305,47 +317,6 @@ def read_sidecar(prefix: str) -> Sidecar:
     size = os.path.getsize(bin_path)
     if size != sidecar.bin_bytes:
         raise UserError(f"{bin_path}: {size} bytes, but {path} says {sidecar.bin_bytes}; {PREPARE_AGAIN}")
-    return sidecar
-
-
-def verify_hashes(prefix: str) -> None:
-    """Read the files whole and compare them with the sidecar's hashes. Raises `UserError` naming the damaged one."""
-    sidecar = read_sidecar(prefix)
-    bin_path, idx_path, _ = _files(prefix)
-    hashes = {bin_path: sidecar.bin_sha256, idx_path: sidecar.idx_sha256, ids_path(prefix): sidecar.ids_sha256}
-    for path, expected in hashes.items():
-        if expected is not None and not os.path.isfile(path):
-            raise UserError(f"{path}: no such file, though {prefix}.json says its hash; copy it too, or prepare again")
-        if expected is not None and file_sha256(path) != expected:
-            raise UserError(f"{path}: damaged, its SHA-256 is not the one in {prefix}.json; {PREPARE_AGAIN}")
-
-
-def check_dataset(prefix: str, vocab_size: int, tokenizer_sha256: str | None = None) -> Sidecar:
-    """Check that the token files of `prefix` are whole and suit a model; return their sidecar. Reads no tokens.
-
-    `vocab_size` is the model's; `tokenizer_sha256` that of the run's tokenizer.json, None if it has none.
-    Raises `UserError`.
-    """
-    sidecar = read_sidecar(prefix)
-    dataset = IndexedDataset(prefix)
-    dataset.close()
-    found, said = (dataset.num_documents, dataset.num_tokens), (sidecar.documents, sidecar.tokens)
-    if found != said:
-        raise UserError(
-            f"{prefix}.idx: {found[0]} documents, {found[1]} tokens, but {prefix}.json says {said[0]}, {said[1]};"
-            f" {PREPARE_AGAIN}"
-        )
-    if tokenizer_sha256 not in (None, sidecar.tokenizer_sha256):
-        raise UserError(
-            f"{prefix}.json: the data was tokenised with another tokenizer than the run's (tokenizer.json"
-            f" {sidecar.tokenizer_sha256[:12]}…, not {tokenizer_sha256[:12]}…); correct model.hf_assets_path,"
-            " or prepare the data again under another prefix"
-        )
-    if sidecar.vocab_size > vocab_size:
-        raise UserError(
-            f"{prefix}.json: token ids reach {sidecar.vocab_size - 1}, beyond the model's vocabulary;"
-            f" set model.vocab_size to {sidecar.vocab_size} or more (now {vocab_size})"
-        )
     return sidecar
 
 

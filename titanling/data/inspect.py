@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, verify_hashes
+from titanling.data.check_files import check_dataset, verify_hashes
+from titanling.data.indexed import IndexedDataset, Sidecar
 from titanling.data.merge import document_lengths
 from titanling.errors import UserError
 

@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titanling.data.damage import check_ids, place_of_sample
 from titanling.data.packing import Arrays
 from titanling.data.sources import MixedSource, WindowSource, count_windows, whole_batch
 from titanling.data.token_files import Tokens
@@ -42,10 +44,18 @@ class BatchStream(IterableDataset):
     """
 
     def __init__(
-        self, source: MixedSource | WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1
+        self,
+        source: MixedSource | WindowSource,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_world: int = 1,
+        vocab_size: int | None = None,
     ) -> None:
+        """With `vocab_size`, an id beyond it is a UserError."""
         super().__init__()
         self.source = source
+        self.vocab_size = vocab_size
+        self._whole = all(each.packing == "concat" for each in getattr(source, "sources", [source]))
         self.local_batch_size = local_batch_size
         self.dp_rank = dp_rank
         self.dp_world = dp_world
@@ -90,18 +100,28 @@ class BatchStream(IterableDataset):
         block = (begins[:, None] + np.arange(self.local_batch_size)).reshape(-1)
         shape = (batches, self.local_batch_size, self.source.seq_len)
         while True:
-            yield {name: array.reshape(shape) for name, array in self.source.batch(first + block).items()}
+            batch = self.source.batch(first + block)
+            if self.vocab_size is not None:
+                check_ids(batch, self.vocab_size, partial(self._place_of, first + block), self._whole)
+            yield {name: array.reshape(shape) for name, array in batch.items()}
             first += stride * batches
+
+    def _place_of(self, samples: np.ndarray, row: int, place: int) -> tuple[Tokens, int, str]:
+        return place_of_sample(self.source, int(samples[row]), place)
 
 
 def build_loader(
-    source: MixedSource | WindowSource, local_batch_size: int, dp_rank: int = 0, dp_world: int = 1
+    source: MixedSource | WindowSource,
+    local_batch_size: int,
+    dp_rank: int = 0,
+    dp_world: int = 1,
+    vocab_size: int | None = None,
 ) -> StatefulDataLoader:
     """torchdata's loader around a `BatchStream` (its `.dataset`): in process, no worker processes, no collation.
 
     Its state is small and JSON-serialisable, the same on all ranks, and may be loaded at another world size.
     """
-    stream = BatchStream(source, local_batch_size, dp_rank, dp_world)
+    stream = BatchStream(source, local_batch_size, dp_rank, dp_world, vocab_size)
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", message=".*set_vital.*")
@@ -128,6 +148,7 @@ def validation_batches(
     num_batches: int = -1,
     dp_rank: int = 0,
     dp_world: int = 1,
+    vocab_size: int | None = None,
 ) -> Iterator[Batch]:
     """The fixed validation set: `num_batches × local_batch_size` windows spread evenly over the file (-1: all).
 
@@ -137,16 +158,25 @@ def validation_batches(
     windows = count_windows(dataset, seq_len)
     wanted = windows if num_batches < 0 else min(windows, num_batches * local_batch_size)
     starts = np.arange(wanted) * windows // wanted * seq_len
-    return _validation_rows(dataset, seq_len, starts, local_batch_size, dp_rank, dp_world)
+    return _validation_rows(dataset, seq_len, starts, local_batch_size, dp_rank, dp_world, vocab_size)
 
 
 def _validation_rows(
-    dataset: Tokens, seq_len: int, starts: np.ndarray, local_batch_size: int, dp_rank: int, dp_world: int
+    dataset: Tokens,
+    seq_len: int,
+    starts: np.ndarray,
+    local_batch_size: int,
+    dp_rank: int,
+    dp_world: int,
+    vocab_size: int | None,
 ) -> Iterator[Batch]:
     for first in range(0, len(starts), local_batch_size * dp_world):
         rows = first + dp_rank * local_batch_size + np.arange(local_batch_size)
         beyond = rows >= len(starts)
-        batch = whole_batch(dataset.read_rows(starts[np.where(beyond, 0, rows)], seq_len + 1))
+        places = starts[np.where(beyond, 0, rows)]
+        batch = whole_batch(dataset.read_rows(places, seq_len + 1))
+        if vocab_size is not None:
+            check_ids(batch, vocab_size, lambda row, place: (dataset, int(places[row]) + place, "of validation"))  # noqa: B023
         batch["labels"][beyond] = IGNORE_INDEX
         yield {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from titanling.data.indexed import IndexedDataset
-from titanling.data.tokenfile import TokenFile
+from titanling.data.tokenfile import CHUNK, FileArray, OpenFile, TokenFile
 from titanling.errors import UserError
 
 DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -34,7 +34,7 @@ class RawTokens(TokenFile):
         super().__init__(path, dtype, offset)
 
     @cached_property
-    def _ends(self) -> np.ndarray:
+    def _ends(self) -> np.ndarray | FileArray:
         """Where each document ends, in tokens from the file's start: (documents,), integer."""
         raise NotImplementedError
 
@@ -58,11 +58,11 @@ class RawTokens(TokenFile):
         """The document that holds the token at an offset of the file. Raises IndexError beyond it."""
         if not 0 <= offset < self.num_tokens:
             raise IndexError(f"{self.prefix}: offset {offset} outside the {self.num_tokens} tokens of the file")
-        return int(np.searchsorted(self._ends, offset, side="right"))
+        return int(self._ends.searchsorted(offset, side="right"))
 
     def document_starts(self, begin: int, end: int) -> np.ndarray:
         """Where documents begin behind offset `begin` and before `end`: int64 offsets, in order."""
-        first, last = np.searchsorted(self._ends, begin, side="right"), np.searchsorted(self._ends, end)
+        first, last = self._ends.searchsorted(begin, side="right"), self._ends.searchsorted(end)
         return np.unique(self._ends[first:last]).astype(np.int64)
 
 
@@ -78,13 +78,20 @@ class DatatroveTokens(RawTokens):
         _check_file(index, "datatrove writes it beside the .ds, keep them together")
         if os.path.getsize(index) == 0 or os.path.getsize(index) % 8:
             raise UserError(f"{index}: {os.path.getsize(index)} bytes are no list of document ends; make it again")
-        ends = np.memmap(index, "<u8", mode="r").view(np.ndarray)
+        self.index = OpenFile(index)
+        ends = FileArray(self.index, "<u8", 0, os.path.getsize(index) // 8)
         size, tokens = os.path.getsize(path), int(ends[-1])
         dtype = next((dtype for width, dtype in DTYPES.items() if size == tokens * width), None)
-        if dtype is None or (ends[1:] < ends[:-1]).any():
+        if dtype is None or not _ascends(ends):
             raise UserError(f"{path}: {size} bytes do not fit the {tokens} tokens of {index}; make both again")
         super().__init__(path, dtype)
         self._ends = ends
+
+    def close(self) -> None:
+        """Close both files; later reads fail. Closing twice is allowed."""
+        super().close()
+        if hasattr(self, "index"):
+            self.index.close()
 
 
 class NumpyTokens(RawTokens):
@@ -104,9 +111,8 @@ class NumpyTokens(RawTokens):
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        tokens = np.memmap(self.prefix, self.dtype, "r", self._offset).view(np.ndarray)
-        parts = range(0, self.num_tokens, SCAN_TOKENS)
-        ends = [np.flatnonzero(tokens[part : part + SCAN_TOKENS] == self._eod_id) + part + 1 for part in parts]
+        parts = [range(self.num_tokens)[part : part + SCAN_TOKENS] for part in range(0, self.num_tokens, SCAN_TOKENS)]
+        ends = [np.flatnonzero(self.read(part.start, len(part)) == self._eod_id) + part.start + 1 for part in parts]
         if not len(ends[-1]) or ends[-1][-1] != self.num_tokens:
             ends.append(np.array([self.num_tokens]))
         return np.concatenate(ends)
@@ -125,6 +131,17 @@ def open_tokens(path: str, eod_id: int | None = None, dtype: str = "uint16") -> 
             raise UserError(f"{path}: does not say where its documents end; give the id of its end-of-document token")
         return NumpyTokens(path, eod_id, np.dtype(dtype).newbyteorder("<"))
     return IndexedDataset(path)
+
+
+def _ascends(ends: FileArray) -> bool:
+    """Whether no document ends before the one in front of it. Reads them all."""
+    last = 0
+    for start in range(0, len(ends), CHUNK):
+        part = ends[start : start + CHUNK]
+        if int(part[0]) < last or (part[1:] < part[:-1]).any():
+            return False
+        last = int(part[-1])
+    return True
 
 
 def _check_file(path: str, remedy: str) -> None:

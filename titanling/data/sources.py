@@ -19,7 +19,7 @@ from titanling.data.mixture import Mixture, Span, whole_weights
 from titanling.data.order import Permutation, order_key
 from titanling.data.packing import Arrays, PackedSource, Part, packed_batch
 from titanling.data.raw import SUFFIXES
-from titanling.data.token_files import Tokens, check_files, hashes, open_files, tokens_path
+from titanling.data.token_files import Tokens, check_files, contents_of, hashes, open_files, tokens_path
 from titanling.errors import UserError
 
 ONLY = "train"
@@ -316,6 +316,7 @@ def identity(source: MixedSource) -> dict[str, Any]:
             for windows in source.sources
         },
         "stages": stages_of(source.mixture, [windows.name for windows in source.sources]),
+        "files": {windows.name: contents_of(windows.datasets) for windows in source.sources},
     }
 
 

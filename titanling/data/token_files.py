@@ -6,12 +6,15 @@ the model from samples of them, the identity of a file from its size and its two
 
 import hashlib
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from titanling.config.schema import Data
-from titanling.data.indexed import IndexedDataset, Sidecar, check_dataset, read_sidecar
+from titanling.data.check_files import check_dataset, check_index
+from titanling.data.indexed import PREPARE_AGAIN, IndexedDataset, Sidecar, read_sidecar
 from titanling.data.raw import SUFFIXES, NumpyTokens, RawTokens, open_tokens
 from titanling.errors import UserError
 
@@ -19,6 +22,7 @@ SAMPLES, SAMPLE_TOKENS = 16, 4096
 """Pieces of a file whose ids are looked at."""
 END_BYTES = 1 << 20
 """Of each end of a file, for its identity."""
+READERS = 16
 
 Tokens = IndexedDataset | RawTokens
 
@@ -83,6 +87,12 @@ def check_files(prefix: str, data: Data, vocab_size: int, tokenizer_sha256: str 
         found = facts(prefix, data)
     else:
         found = _known(check_dataset(prefix, vocab_size, tokenizer_sha256))
+        dataset = IndexedDataset(prefix)
+        try:
+            what = f"{found.eod_id}, which {prefix}.json says ends documents; restore both, or {PREPARE_AGAIN}"
+            _check_ends(dataset, found.eod_id, what)
+        finally:
+            dataset.close()
     if data.eod_id not in (None, found.eod_id):
         raise UserError(
             f"data.eod_id = {data.eod_id}: {prefix}.json says that {found.eod_id} ends its documents; all files of"
@@ -104,6 +114,24 @@ def hashes(prefix: str) -> dict[str, str]:
     return {"bin_sha256": _hash_of_ends(tokens_path(prefix)), "idx_sha256": _hash_of_ends(index) if index else ""}
 
 
+def content_of(dataset: Tokens) -> dict[str, Any]:
+    """What tells the content of open token files from any other, JSON; they are compared with it while they are read.
+
+    Raises UserError if they cannot be read.
+    """
+    index = getattr(dataset, "index", None)
+    content = {"path": tokens_path(dataset.prefix), "tokens": dataset.num_tokens, "sample": dataset.sample()}
+    return content if index is None else content | {"index": index.sample()}
+
+
+def contents_of(datasets: Sequence[Tokens]) -> list[dict[str, Any]]:
+    """`content_of` each."""
+    if len(datasets) == 1:
+        return [content_of(datasets[0])]
+    with ThreadPoolExecutor(READERS) as pool:  # a network's file system answers many at a time as soon as one
+        return list(pool.map(content_of, datasets))
+
+
 def _eod_id(prefix: str, data: Data) -> int:
     if data.eod_id is None:
         remedy = "set data.eod_id, the id of the token that ends a document"
@@ -119,9 +147,16 @@ def _eod_id(prefix: str, data: Data) -> int:
 def _check_foreign(prefix: str, data: Data, vocab_size: int) -> None:
     dataset = open_files(prefix, data)
     try:
+        if isinstance(dataset, IndexedDataset):
+            check_index(dataset)
         _check_ids(dataset, data, vocab_size)
         if data.document_mask != "none" and not isinstance(dataset, NumpyTokens):  # which are cut at that id
-            _check_ends(dataset, _eod_id(prefix, data))
+            what = (
+                f"data.eod_id = {data.eod_id},"
+                ' by which data.document_mask = "causal" tells documents apart; correct it, or write the files'
+                " with an end-of-document token (Megatron's --append-eod)"
+            )
+            _check_ends(dataset, _eod_id(prefix, data), what)
     finally:
         dataset.close()
 
@@ -143,16 +178,12 @@ def _check_ids(dataset: Tokens, data: Data, vocab_size: int) -> None:
         raise UserError(f'{path}: every second token is 0, or nearly, as of uint32; set data.npy_dtype = "uint32"')
 
 
-def _check_ends(dataset: Tokens, eod_id: int) -> None:
+def _check_ends(dataset: Tokens, eod_id: int, what: str) -> None:
     """Documents are told apart by their last token: look whether it is there, at some of them."""
     for document in sorted({0, dataset.num_documents // 2, dataset.num_documents - 1}):
         last = dataset.document(document)[-1:].tolist()
         if last != [eod_id]:
-            raise UserError(
-                f"{tokens_path(dataset.prefix)}: document {document} ends with {last}, not with data.eod_id = {eod_id},"
-                ' by which data.document_mask = "causal" tells documents apart; correct it, or write the files with an'
-                " end-of-document token (Megatron's --append-eod)"
-            )
+            raise UserError(f"{tokens_path(dataset.prefix)}: document {document} ends with {last}, not with {what}")
 
 
 def _hash_of_ends(path: str) -> str:

@@ -71,8 +71,11 @@ def open_training_text(
     say: Callable[[str], None],
     dp_rank: int,
     dp_world: int,
+    vocab_size: int | None = None,
 ) -> TrainingText:
     """Open it; `sequences` is how many a step takes, of all ranks together, `assets` the folder of the tokenizer.
+
+    An id beyond `vocab_size`, the model's, ends the iteration with a UserError.
 
     Streams `say` when a source begins again. Raises UserError for what is wrong with the files.
     """
@@ -89,5 +92,5 @@ def open_training_text(
     lines = describe(source, training.steps, sequences)
     lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, sequences)]
     eod_id = facts(source.sources[0].datasets[0].prefix, data).eod_id
-    loader = build_loader(source, batch, dp_rank, dp_world)
+    loader = build_loader(source, batch, dp_rank, dp_world, vocab_size)
     return TrainingText(loader, source, source.mixture, identity(source), eod_id, lines)
