@@ -14,39 +14,11 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/setup_env.sh
 source "$ROOT/scripts/setup_env.sh"
 
-# First host of a Slurm node list, e.g. nid[0005-0008,11],login1: nid0005.
-first_host() {
-  local hosts
-  # Containers often hold Slurm's variables but not its programs.
-  if command -v scontrol >/dev/null && hosts=$(scontrol show hostnames "$1" 2>/dev/null); then
-    printf '%s\n' "${hosts%%$'\n'*}"
-  elif [[ $1 =~ ^([^][,]*)\[([0-9]+)[^]]*\]([^][,]*) ]]; then
-    printf '%s\n' "${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}"
-  else
-    printf '%s\n' "${1%%,*}"
-  fi
-}
-
-# A job step on several nodes: one of these scripts runs on each.
-if [[ -z ${NNODES:-} && ${SLURM_NNODES:-1} != 1 ]]; then
-  [[ -n ${SLURM_STEP_ID:-} ]] ||
-    setup_fail "this Slurm job has $SLURM_NNODES nodes: start me on each with srun --ntasks-per-node=1 $0, or set NNODES=1"
-  NNODES=${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}
-  NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
-  MASTER_ADDR=${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}")}
-fi
-export NGPU=${NGPU:-1} NNODES=${NNODES:-1} NODE_RANK MASTER_ADDR PYTHONUNBUFFERED=1
-for name in NGPU NNODES; do
-  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || setup_fail "$name=${!name}: must be a positive whole number"
-done
-
+export PYTHONUNBUFFERED=1
 config=(--config "${CONFIG_FILE:-$ROOT/train_configs/debug.toml}")
 for argument in "$@"; do
   if [[ $argument == --config || $argument == --config=* ]]; then config=(); fi
 done
 
 setup_env
-if ((NGPU == 1 && NNODES == 1)); then
-  exec "$PYTHON" -m titanling.train "${config[@]}" "$@"
-fi
-exec "$PYTHON" -m titanling.launch -- "${config[@]}" "$@"
+exec "$PYTHON" "$ROOT/titanling/start.py" titanling.launch -- "${config[@]}" "$@"

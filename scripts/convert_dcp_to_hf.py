@@ -12,6 +12,7 @@ import argparse
 import os
 
 from titanling import cli
+from titanling.ranks import is_first
 
 EXAMPLE = (
     "example: python scripts/convert_dcp_to_hf.py --checkpoint outputs/debug/checkpoints/step-000200 --output hf/"
@@ -45,7 +46,7 @@ def main() -> None:
         arguments.max_shard_size,
         arguments.verify,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"wrote {arguments.output}: {', '.join(files)}")
         print(f'load it with  AutoModelForCausalLM.from_pretrained("{arguments.output}")')
 

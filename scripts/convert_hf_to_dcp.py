@@ -16,6 +16,7 @@ from typing import Any
 
 from titanling import cli
 from titanling.errors import UserError
+from titanling.ranks import this_process
 
 EXAMPLE = "example: python scripts/convert_hf_to_dcp.py --input Llama-3.2-1B/ --output converted/"
 MEGATRON = (
@@ -45,12 +46,9 @@ def main() -> None:
     if arguments.format == "megatron" and (arguments.flavor is None) == (arguments.config is None):
         parser.error("--format megatron needs either --flavor or --config")
 
-    from titanling.parallel.degrees import world_size
-
-    if world_size() > 1:
-        raise UserError(
-            f"WORLD_SIZE={world_size()}: this conversion is the work of one process; start it without torchrun"
-        )
+    size = this_process().size
+    if size > 1:
+        raise UserError(f"WORLD_SIZE={size}: this conversion is the work of one process; start it without torchrun")
 
     # Reading, converting, writing and hashing are threads already; OpenMP's would wait for each other, spinning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

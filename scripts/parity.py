@@ -15,7 +15,8 @@ import argparse
 import os
 
 from titanling import cli
-from titanling.launch import Group, topology_from_environment
+from titanling.launch import Group
+from titanling.ranks import Topology, launched, topology
 
 EXAMPLE = (
     "example: NGPU=4 python scripts/parity.py --config train_configs/debug.toml --parallelism.tensor_parallel_degree 2"
@@ -32,9 +33,9 @@ def main() -> int:
     arguments, rest = parser.parse_known_args()
     if arguments.steps < 1:
         parser.error("--steps must be 1 or more")
-    topology = topology_from_environment()
-    if "RANK" not in os.environ and topology.local_size * topology.nodes > 1:
-        return Group([sys.executable, os.path.realpath(__file__), *sys.argv[1:]], topology).wait()
+    places = Topology() if launched() else topology()
+    if places.size > 1:
+        return Group([sys.executable, os.path.realpath(__file__), *sys.argv[1:]], places).wait()
     from titanling.config import load_config  # torch takes seconds: not for --help
     from titanling.config.arguments import parse_arguments
     from titanling.parity import compare

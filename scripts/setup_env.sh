@@ -13,6 +13,17 @@ SETUP_VENV=$SETUP_ROOT/.venv
 SETUP_STAMP=$SETUP_VENV/.titanling-ready
 SETUP_MARKER=$SETUP_VENV/.titanling-made
 
+# Nothing that lies in the folder where the user stands is a part of this: neither as Python's own first place to import
+# from (PYTHONSAFEPATH, from Python 3.11 on) nor as an empty entry of PYTHONPATH.
+export PYTHONSAFEPATH=1
+if [[ -n ${PYTHONPATH:-} ]]; then
+  mapfile -t -d : SETUP_PATHS < <(printf '%s' "$PYTHONPATH")
+  PYTHONPATH=
+  for SETUP_PATH in "${SETUP_PATHS[@]}"; do
+    if [[ -n $SETUP_PATH ]]; then PYTHONPATH+=${PYTHONPATH:+:}$SETUP_PATH; fi
+  done
+fi
+
 setup_say() { printf '%s\n' "$*" >&2; }
 
 setup_fail() {

@@ -19,11 +19,12 @@ import tomli_w
 from titanling.config.schema import Prepare
 from titanling.data.prepare.run import prepare
 from titanling.launch import free_port
+from titanling.ranks import LAUNCHED
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a launcher tells its processes; a test that itself runs under one must not pass it on.
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NGPU", "NNODES")
+LAUNCHER = (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT", "NGPU", "NNODES", "NODE_RANK")
 
 SEQ_LEN = 32
 VOCAB = 320

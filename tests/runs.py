@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from titanling.config import load_config
 from titanling.model.presets import resolve_shape
-from titanling.parallel.degrees import resolve_degrees, world_size
+from titanling.parallel.degrees import resolve_degrees
+from titanling.ranks import this_process
 from titanling.trainer import Trainer
 
 Tensors = dict[str, Tensor]
@@ -25,7 +26,7 @@ Tensors = dict[str, Tensor]
 def open_trainer(folder: Path, data: TinyData, changes: Mapping[str, Any] | None = None) -> Iterator[Trainer]:
     """A trainer of `tiny_settings` with `changes`, in the world that the environment names; closed at the end."""
     config = load_config(tiny_config(folder, data, changes)).config
-    trainer = Trainer(config, resolve_shape(config.model), resolve_degrees(config.parallelism, world_size()))
+    trainer = Trainer(config, resolve_shape(config.model), resolve_degrees(config.parallelism, this_process().size))
     try:
         yield trainer
     finally:

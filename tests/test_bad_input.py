@@ -157,7 +157,8 @@ def test_config_values(tmp_path: Path, tiny_data: TinyData, changes: dict[str, A
 def test_batch_and_degrees_against_the_world_size(
     tmp_path: Path, tiny_data: TinyData, changes: dict[str, Any], world: int, says: str
 ) -> None:
-    refuse_config(tmp_path, tiny_data, changes, str(tmp_path / "run.toml"), says, WORLD_SIZE=str(world), RANK="0")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": str(world)}
+    refuse_config(tmp_path, tiny_data, changes, str(tmp_path / "run.toml"), says, **meet)
 
 
 @pytest.mark.parametrize(

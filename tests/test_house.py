@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run_python
 
+from titanling import ranks
+
 PACKAGES = [name for name in ("titanling", "triton_kernels") if (ROOT / name).is_dir()]
 ROOMS_WITHOUT_TORCH = [
     "titanling.cli",
@@ -32,6 +34,9 @@ ROOMS_WITHOUT_TORCH = [
     "titanling.checkpoint.text",
     "titanling.train",
     "titanling.launch",
+    "titanling.owner",
+    "titanling.owner_file",
+    "titanling.ranks",
 ]
 # Room → rooms it must not know, whether at import or later: those to its right in docs/architecture.md.
 STRANGERS = {
@@ -111,6 +116,14 @@ def test_kernels_know_nothing_of_titanling() -> None:
 def test_only_commands_know_the_trainer() -> None:
     users = [name for name in modules() if "titanling.trainer" in imported(ast.walk(tree(name)))]
     assert users == ["titanling.parity", "titanling.train"]
+
+
+def test_one_module_reads_what_launchers_say() -> None:
+    said = {*ranks.LAUNCHED, "MASTER_ADDR", "MASTER_PORT", "NGPU", "NNODES", "NODE_RANK"}
+    parsed = {module: tree(module) for module in modules() if module not in ("titanling.ranks", "titanling.launch")}
+    parsed |= {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "scripts").glob("*.py")}
+    for name, nodes in parsed.items():
+        assert not {node.value for node in ast.walk(nodes) if isinstance(node, ast.Constant)} & said, name
 
 
 @pytest.mark.parametrize("module", [name for name in modules()])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from titanling.errors import UserError
+from titanling.ranks import Process, launched, this_process
 from titanling.text import escape_controls
 
 # What the user can mend: the disk is full, over quota, mounted read-only, or its permissions forbid us.
@@ -22,10 +24,8 @@ def run(main: Callable[[], int | None]) -> None:
     Under a launcher every rank meets the same error, so rank 0 speaks first and the others only if they are still
     there after a moment.
     """
-    from titanling.errors import UserError
-
     code: int | None = 1
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launched():
         atexit.register(lambda: _end_with(code))  # called after all that others, torch say, will register
     try:
         code = main()
@@ -70,8 +70,6 @@ def _end_with(code: int | None) -> None:
 
 def local_path(text: str) -> Path:
     """A path of this machine, for a script's arguments. Raises UserError for a URL, whose name a path would mangle."""
-    from titanling.errors import UserError
-
     if "://" in text:
         raise UserError(f"{text}: must be a path of this machine, not a URL; copy it there yourself")
     return Path(text)
@@ -79,9 +77,11 @@ def local_path(text: str) -> Path:
 
 def _refuse(message: str) -> int:
     """Say what is wrong on one line; return the exit code."""
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    me = Process()
+    with suppress(UserError):  # that may be what is wrong
+        me = this_process()
     # The first rank of a node comes before the others there, which its launcher ends then.
-    time.sleep(3 * (rank > 0) + 3 * (local_rank > 0))
-    who = f"error (rank {rank})" if rank else "error"
+    time.sleep(3 * (me.rank > 0) + 3 * (me.local_rank > 0))
+    who = f"error (rank {me.rank})" if me.rank else "error"
     print(f"{who}: {escape_controls(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return 2

@@ -26,11 +26,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from titanling.cli import run
 from titanling.errors import UserError
+from titanling.ranks import Topology, topology
 
 GRACE_SECONDS = 0.75
 """How long the other processes may take to end after one has failed: they usually hang in a collective with it, and
@@ -40,37 +41,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 # Below Linux's range of ephemeral ports, so that no outgoing connection takes the port before rank 0 listens on it.
 PORTS = range(15000, 32000)
 PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Which processes this node runs. `port` None: choose a free one (one node only)."""
-
-    local_size: int
-    nodes: int = 1
-    node_rank: int = 0
-    address: str = "127.0.0.1"
-    port: int | None = None
-
-
-def topology_from_environment() -> Topology:
-    """Read NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; UserError if one is missing or out of range."""
-    local_size = _integer("NGPU", default=1, low=1)
-    nodes = _integer("NNODES", default=1, low=1)
-    if nodes == 1:
-        return Topology(local_size)
-    for name in ("NODE_RANK", "MASTER_ADDR"):
-        if not os.environ.get(name):
-            raise UserError(
-                f"NNODES={nodes} needs {name}: set NODE_RANK=0…{nodes - 1} and MASTER_ADDR=<host of node 0>"
-            )
-    return Topology(
-        local_size,
-        nodes,
-        node_rank=_integer("NODE_RANK", default=0, low=0, high=nodes - 1),
-        address=os.environ["MASTER_ADDR"],
-        port=_integer("MASTER_PORT", default=29500, low=1, high=65535),
-    )
+START = Path(__file__).resolve().with_name("start.py")
 
 
 def worker_environment(topology: Topology, local_rank: int, port: int) -> dict[str, str]:
@@ -84,9 +55,16 @@ def worker_environment(topology: Topology, local_rank: int, port: int) -> dict[s
         "MASTER_ADDR": topology.address,
         "MASTER_PORT": str(port),
     }
+    if "PYTHONPATH" in environment:  # an empty entry would be the working folder
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, environment["PYTHONPATH"].split(os.pathsep)))
     # torch takes every core in every process otherwise.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // topology.local_size)))
     return environment
+
+
+def command_of(module: str, arguments: list[str]) -> list[str]:
+    """The command that runs a module, wherever it is called: no file of the working folder is ever imported."""
+    return [sys.executable, str(START), module, *arguments]
 
 
 class Group:
@@ -189,16 +167,11 @@ def main() -> int:
     parser.usage = "%(prog)s [--module NAME] -- [arguments of the module]"
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     module = parser.parse_args(sys.argv[1:split]).module
-    return Group([sys.executable, "-m", module, *sys.argv[split + 1 :]], topology_from_environment()).wait()
-
-
-def _integer(name: str, default: int, low: int, high: int | None = None) -> int:
-    text = os.environ.get(name) or str(default)
-    value = int(text) if text.isascii() and text.isdecimal() else -1
-    if value < low or (high is not None and value > high):
-        bounds = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name}={text}: must be a whole number, {bounds}")
-    return value
+    places, command = topology(), command_of(module, sys.argv[split + 1 :])
+    if places.size == 1:
+        sys.stdout.flush()
+        os.execv(command[0], command)  # nobody to look after
+    return Group(command, places).wait()
 
 
 def _die_with(parent: int) -> Callable[[], None]:

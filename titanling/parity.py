@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titanling import ranks
 from titanling.cli import warn
 from titanling.config import Config, LoadedConfig
 from titanling.config.check import errors_name_the_file
@@ -105,18 +105,8 @@ def single(config: Config, shape: LlamaShape, sequences: int, folder: str) -> Tr
         "model": config.model.model_copy(update={"converters": ()}),
         "job": config.job.model_copy(update={"dump_folder": f"{folder}/alone"}),
     }
-    with alone_in_the_world(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with ranks.alone(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         return Trainer(config.model_copy(update=update), shape, Degrees())
-
-
-@contextmanager
-def alone_in_the_world() -> Iterator[None]:
-    """Let what is built here believe that this process is the only one; its device stays its own."""
-    others = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(others)
 
 
 def compare_step(layout: Trainer, alone: Trainer) -> Difference:

@@ -4,6 +4,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+
+from titanling.ranks import is_first
 
 GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AT_ONCE = (signal.SIGTERM, signal.SIGINT)
@@ -14,10 +17,12 @@ DEBOUNCE_SECONDS = 1.0
 class StopRequest:
     """Whether this process has been asked to stop. Unless `install` is called it never is."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_exit: Callable[[], None] | None = None) -> None:
+        """`before_exit` is called where a second signal ends the process at once."""
         self.name: str | None = None
         """Name of the first signal."""
         self._hard_since: float | None = None
+        self._before_exit = before_exit
 
     @property
     def requested(self) -> bool:
@@ -47,7 +52,7 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if self.name is None:
             self.name = signal.Signals(number).name
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 os.write(2, f"{self.name}: stopping after this step; once more, and it stops at once\n".encode())
         if number not in AT_ONCE:
             return
@@ -56,6 +61,8 @@ class StopRequest:
             self._hard_since = now
         elif now - self._hard_since > DEBOUNCE_SECONDS:
             # Nothing on the disk needs us: rows are written one by one, and a torn save is not taken for a checkpoint.
+            if self._before_exit is not None:
+                self._before_exit()
             os._exit(128 + number)
 
 

@@ -12,6 +12,7 @@ from titanling.checkpoint.folder import step_name
 from titanling.checkpoint.remote import root_name
 from titanling.config import Config
 from titanling.data.token_files import facts
+from titanling.ranks import asked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +64,7 @@ def _run_again(config_file: str, overrides: Mapping[str, Any], steps: int) -> st
     environment = []
     if Path(config_file).resolve() != ROOT / "train_configs" / "debug.toml":
         environment.append(f"CONFIG_FILE={shlex.quote(config_file)}")
-    environment += [f"{name}={os.environ[name]}" for name in ("NGPU", "NNODES") if os.environ.get(name, "1") != "1"]
+    environment += asked()
     words = [_script("run_train.sh")]
     for key, value in overrides.items():
         if key not in ("training.steps", "checkpoint.load_step"):  # it has gone on from there: not once more

@@ -29,8 +29,10 @@ from titanling.data.sources import check_epochs, check_length, check_sources, op
 from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
-from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step, world_size
-from titanling.planner.command import plan, planned_world_size
+from titanling.owner import Owner
+from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
+from titanling.planner.command import plan
+from titanling.ranks import is_first, planned, refuse_unlaunched, this_process
 from titanling.stop import StopRequest
 from titanling.summary import stopped_summary, summary
 from titanling.text import escape_controls
@@ -53,16 +55,21 @@ def main() -> int | None:
         print(dump_toml(config), end="")
         return 0
     if arguments.dry_run:
-        plan(loaded, planned_world_size())
+        plan(loaded, planned())
         return 0
-    with errors_name_the_file(loaded):
-        shape, degrees = check(config)
-        cli.warn(loaded.remarks)
-        stop = StopRequest()
-        stop.install()
-        losses, steps = _run(config, shape, degrees, stop)
+    refuse_unlaunched()
+    owner = Owner()
+    try:
+        with errors_name_the_file(loaded):
+            shape, degrees = check(config, owner)
+            cli.warn(loaded.remarks)
+            stop = StopRequest(owner.release)
+            stop.install()
+            losses, steps = _run(config, shape, degrees, stop, owner)
+    finally:
+        owner.release()
     finished = steps >= config.training.steps
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         text = summary if finished else stopped_summary
         print(escape_controls(text(arguments.config, arguments.overrides, config, steps, losses)))
     if finished:
@@ -71,20 +78,33 @@ def main() -> int | None:
     return os.EX_TEMPFAIL if config.checkpoint.enable else 128 + signal.Signals[stop.name or "SIGTERM"]
 
 
-def check(config: Config) -> tuple[LlamaShape, Degrees]:
-    """Everything that can be checked without torch, as UserErrors; rank 0 makes the data where it is missing."""
+def check(config: Config, owner: Owner | None = None) -> tuple[LlamaShape, Degrees]:
+    """Everything that can be checked without torch, as UserErrors; rank 0 makes the data where it is missing.
+
+    Before it does, rank 0 takes the run's folders into `owner`.
+    """
     check_runnable(config)
     shape, degrees = resolve_layout(
-        config.model, config.parallelism, config.training, config.data, config.validation, config.compile, world_size()
+        config.model,
+        config.parallelism,
+        config.training,
+        config.data,
+        config.validation,
+        config.compile,
+        this_process().size,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         _check_run_folder(config)
+        if owner is not None:
+            owner.take(_run_folders(config))
         _prepare_data(config)
         _check_data(config, shape, degrees)
     return shape, degrees
 
 
-def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest) -> tuple[dict[str, float], int]:
+def _run(
+    config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest, owner: Owner
+) -> tuple[dict[str, float], int]:
     """Train; the last losses by name, and the step that the run has reached."""
     # Where a rank is lost, torch's own warnings are pages of stack frames around what we say in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -92,7 +112,7 @@ def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest)
 
     trainer: Trainer | None = None
     try:
-        trainer = Trainer(config, shape, degrees, stop)
+        trainer = Trainer(config, shape, degrees, stop, owner)
         if trainer.world.rank == 0:
             # Only now: a run that is refused, because its checkpoint differs say, leaves the earlier config.
             _save_config(config)
@@ -103,6 +123,7 @@ def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest)
         losses = trainer.train()
         trainer.close()
     except RuntimeError as error:
+        owner.release()
         _end_at_once(error, trainer, config)
     except BaseException:
         if trainer is not None:
@@ -119,16 +140,16 @@ def _end_at_once(error: RuntimeError, trainer: "Trainer | None", config: Config)
     """
     from titanling.parallel.roll_call import RanksLost
 
-    own, size = int(os.environ.get("RANK", "0")), world_size()
+    me = this_process()
     if trainer is not None:
         trainer.metrics.close()
     if not isinstance(error, RanksLost):
         traceback.print_exception(error)
-    elif own == min(set(range(size)) - set(error.ranks)):
+    elif me.rank == min(set(range(me.size)) - set(error.ranks)):
         when = f"after step {trainer.step}" if trainer is not None else "before the first step"
         goes_on = " The same command goes on from the last checkpoint" if config.checkpoint.enable else ""
         print(
-            f"error: {when}, {error}, of {size} (killed, suspended or cut off); look at that process's messages and"
+            f"error: {when}, {error}, of {me.size} (killed, suspended or cut off); look at that process's messages and"
             f" node.{goes_on}",
             file=sys.stderr,
         )
@@ -151,6 +172,15 @@ def _check_run_folder(config: Config) -> None:
             open_root(folder, config.checkpoint.folder)
         except UserError as error:
             raise UserError(f"checkpoint.folder = {error}") from None
+
+
+def _run_folders(config: Config) -> dict[str, Path]:
+    """The folders that the run writes, by the settings that name them."""
+    folder = Path(config.job.dump_folder)
+    folders = {"job.dump_folder": folder}
+    if config.checkpoint.enable:
+        folders["checkpoint.folder"] = open_root(folder, config.checkpoint.folder)
+    return folders
 
 
 def _save_config(config: Config) -> None:

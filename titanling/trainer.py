@@ -31,6 +31,7 @@ from titanling.model.generate import generate
 from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
 from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
+from titanling.owner import Owner
 from titanling.parallel.compile import uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps, sequences_per_step
 from titanling.parallel.lay_out import build_plans, lay_out
@@ -45,10 +46,18 @@ from titanling.stop import StopRequest
 class Trainer:
     """One run. Build it on every rank, then call `train`, then `close`."""
 
-    def __init__(self, config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest | None = None) -> None:
-        """`stop` is asked after every step whether to end the run there."""
+    def __init__(
+        self,
+        config: Config,
+        shape: LlamaShape,
+        degrees: Degrees,
+        stop: StopRequest | None = None,
+        owner: Owner | None = None,
+    ) -> None:
+        """`stop` is asked after every step whether to end the run there, `owner` whether its folders are still ours."""
         self.config, self.shape = config, shape
         self.stop, self.stopped = stop or StopRequest(), False
+        self.owner = owner or Owner()
         self.interrupted = False  # whether an earlier part of the run was stopped after this step
         self.run_folder = Path(config.job.dump_folder)
         if config.debug.deterministic:
@@ -217,7 +226,10 @@ class Trainer:
 
     def _between_steps(self, last: bool) -> None:
         self.checkpointer.poll()
-        self.stopped, overdue = self.world.any(self.stop.requested, self.checkpointer.overdue())
+        flags = self.stop.requested, self.checkpointer.overdue(), self.owner.lost
+        self.stopped, overdue, lost = self.world.any(*flags)
+        if lost:
+            self.owner.check(self.world.gather)
         best = self._look(last)
         if self.checkpointer.due(self.step, last, overdue or self.stopped or best):
             with self.throughput.paused():
@@ -327,7 +339,8 @@ class Trainer:
             self.metrics.log_text(self.step, "sample", prompt + files.tokenizer.decode(new))
 
     def save(self, last: bool = False) -> None:
-        """Save a checkpoint of this step; `last`: of the whole run."""
+        """Save a checkpoint of this step; `last`: of the whole run. Raises UserError if its folder is another's."""
+        self.owner.check(self.world.gather)
         world = self.world
         state: dict[str, Any] = {
             "format": 1,

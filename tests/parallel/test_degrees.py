@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from titanling.config.schema import Compile, Parallelism, Training
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
-from titanling.parallel.degrees import Degrees, accumulation_steps, check_layout, resolve_degrees, world_size
+from titanling.parallel.degrees import Degrees, accumulation_steps, check_layout, resolve_degrees
 
 SMALL = st.integers(1, 16)
 WEIGHTS = ("pipeline_parallel_first_stage_less_layers", "pipeline_parallel_last_stage_less_layers")
@@ -92,13 +92,6 @@ def test_accumulation_makes_the_global_batch_or_is_refused(local: int, dp: int, 
         assert f"global_batch_size = {batch} " in str(error) and f"= {local * dp}" in str(error)
     else:
         assert steps == 1 if batch == -1 else steps * local * dp == batch
-
-
-def test_world_size_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert world_size() == 1
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    assert world_size() == 6
 
 
 SHAPE = LlamaShape(

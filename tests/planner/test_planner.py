@@ -222,7 +222,7 @@ def test_a_dry_run_needs_no_data(tmp_path: Path) -> None:
 
 def test_a_world_size_that_is_no_number(tmp_path: Path) -> None:
     done = run_python("-m", "titanling.train", "--config", DEBUG, "--dry-run", env=clean_env(NGPU="all"))
-    assert done.returncode == 2 and "NGPU = all" in done.stderr
+    assert done.returncode == 2 and "NGPU=all" in done.stderr
 
 
 @pytest.mark.slow

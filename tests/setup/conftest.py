@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from helpers import LAUNCHER
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENT = r'^    "([\w-]+)[>=]=([\d.]+)'
@@ -83,7 +84,7 @@ class Machine:
         for name in (
             "run_train.sh",
             "pyproject.toml",
-            *(f"titanling/{n}.py" for n in ("cli", "environment", "errors", "launch", "text")),
+            *(f"titanling/{n}.py" for n in ("cli", "environment", "errors", "launch", "ranks", "start", "text")),
         ):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "titanling" / "__init__.py").write_text('__version__ = "0.1.0"\n')
@@ -192,7 +193,7 @@ def module(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 
     def write(source: str) -> dict[str, str]:
         (tmp_path / "worker.py").write_text(source)
-        environment = {k: v for k, v in os.environ.items() if k not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "RANK")}
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
         return environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "NGPU": "2", "PYTHONUNBUFFERED": "1"}
 
     return write

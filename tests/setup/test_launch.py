@@ -182,11 +182,11 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"NGPU": "two"}, "NGPU=two: must be a whole number, 1 or more"),
+        ({"NGPU": "two"}, "NGPU=two: must be a whole number, from 1 to 1,024"),
         ({"NGPU": "0"}, "NGPU=0"),
         ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK"),
         ({"NNODES": "2", "NODE_RANK": "1"}, "needs MASTER_ADDR"),
-        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be a whole number, from 0 to 1"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2: must be below NNODES=2"),
         ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ],
 )

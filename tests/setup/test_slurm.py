@@ -95,6 +95,17 @@ def test_what_it_starts(cluster: Cluster, tmp_path: Path) -> None:
     assert (run / "logs").is_dir()
 
 
+def test_the_run_folder_is_the_configs_own(cluster: Cluster, tmp_path: Path) -> None:
+    """Not one for all configs of a job's name. It is read from the config as the run will read it."""
+    (tmp_path / "my.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/its own"\n')
+    cluster.environment.pop("RUN_FOLDER")
+    batch = cluster.start(CODE="0", CONFIG_FILE=str(tmp_path / "my.toml"), SLURM_NNODES="2")
+    _, error = batch.communicate(timeout=60)
+    assert (batch.returncode, error) == (0, "")
+    assert cluster.recorded("command") == ["./run_train.sh"]
+    assert f"--output={tmp_path}/its own/logs/%j-%n.log" in cluster.recorded("srun")
+
+
 def test_not_in_the_projects_folder(cluster: Cluster, tmp_path: Path) -> None:
     batch = cluster.start(CODE="0", SLURM_SUBMIT_DIR=str(tmp_path))
     _, error = batch.communicate(timeout=60)

@@ -18,6 +18,7 @@ from titanling.checkpoint.stream import Source, Target, plan_files, sizes_of, wr
 from titanling.config.schema import Config
 from titanling.errors import UserError
 from titanling.model.presets import OPTIONS, PRESETS, SIZES, LlamaShape
+from titanling.owner import held
 
 FILE_BYTES = 4 * 10**9
 """Bytes of a weight file at most: each rank that loads the checkpoint verifies some of them."""
@@ -44,7 +45,8 @@ def import_hf(directory: Path, output: Path) -> Imported:
     kind = "Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"
     tokenizer = directory if (directory / "tokenizer.json").is_file() else None
     seq_len = positions if isinstance(positions, int) and positions > 0 else 2048
-    return _write(shards, shape, output, _config(shape, shards, seq_len, tokenizer), f"Hugging Face ({kind})")
+    with held("--output", output):
+        return _write(shards, shape, output, _config(shape, shards, seq_len, tokenizer), f"Hugging Face ({kind})")
 
 
 def import_megatron(
@@ -61,7 +63,8 @@ def import_megatron(
     naming the first tensor that is missing, has no place in the model, or is of another shape than `shape` demands.
     """
     shape, source = open_megatron(directory, shape, vocab_size)
-    return _write(source, shape, output, _config(shape, source, seq_len, tokenizer), "Megatron-core")
+    with held("--output", output):
+        return _write(source, shape, output, _config(shape, source, seq_len, tokenizer), "Megatron-core")
 
 
 def _config(shape: LlamaShape, source: Source, seq_len: int, tokenizer: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tomli
 from titanling.checkpoint import folder, remote
 from titanling.checkpoint.state import read_state
 from titanling.errors import UserError
+from titanling.owner import held
 
 DEFAULT_FOLDER = "checkpoints"
 MOST_THREADS = 8
@@ -138,6 +140,11 @@ def prune(name: str, keep: int, every: int = 0, really: bool = True) -> Pruned:
     if keep < 1 or every < 0:
         raise UserError(f"--keep {keep} --every {every}: --keep must be 1 or more, --every 0 or more")
     root = find_root(name)
+    with held("run", root) if really else nullcontext():
+        return _prune(root, keep, every, really)
+
+
+def _prune(root: Path, keep: int, every: int, really: bool) -> Pruned:
     entries = [entry for entry in take_stock(root) if entry.state in ("whole", "damaged")]
     result, good = Pruned(), 0
     for entry in reversed(entries):

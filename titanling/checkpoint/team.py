@@ -1,6 +1,5 @@
 """The processes of one conversion: what torchrun starts, or a single one. They share a store and no collectives."""
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -9,9 +8,10 @@ import torch
 from titanling.checkpoint.agreement import Agreement
 from titanling.config.schema import Comm
 from titanling.errors import UserError
-from titanling.parallel.degrees import Degrees, world_size
+from titanling.parallel.degrees import Degrees
 from titanling.parallel.mesh import World
 from titanling.parallel.rendezvous import rendezvous
+from titanling.ranks import this_process
 
 FAREWELL = timedelta(seconds=60)
 
@@ -21,7 +21,8 @@ class Team:
 
     def __init__(self) -> None:
         """Meet the others. Raises UserError if some do not come."""
-        self.rank, self.size = int(os.environ.get("RANK", "0")), world_size()
+        place = this_process()
+        self.rank, self.size = place.rank, place.size
         timeout = timedelta(seconds=Comm().init_timeout_seconds)
         self._store = rendezvous(self.rank, self.size, timeout) if self.size > 1 else None
         degrees = Degrees(dp_shard=self.size)

@@ -1,6 +1,5 @@
 """How many ranks do what, and whether a model divides so. Imports no torch, so that a mismatch costs no start-up."""
 
-import os
 from dataclasses import dataclass
 from math import gcd
 
@@ -48,11 +47,6 @@ KEYS = {
     "cp": "context_parallel_degree",
     "tp": "tensor_parallel_degree",
 }
-
-
-def world_size() -> int:
-    """Number of processes of this run, as torchrun tells each of them; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def resolve_degrees(settings: Parallelism, world: int) -> Degrees:

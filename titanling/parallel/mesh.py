@@ -1,7 +1,6 @@
 """The processes of a run and their device mesh. CUDA (NVIDIA or ROCm) where there is one, else the CPU with gloo."""
 
 import math
-import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanling.config.schema import Comm
 from titanling.errors import UserError
-from titanling.parallel.degrees import Degrees, world_size
+from titanling.parallel.degrees import Degrees
 from titanling.parallel.rendezvous import FAREWELL_SECONDS, rendezvous, unreachable
 from titanling.parallel.roll_call import RollCall
+from titanling.ranks import this_process
 
 T = TypeVar("T")
 DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -108,7 +108,7 @@ def local_device(comm: Comm) -> torch.device:
         if comm.backend == "nccl":
             raise UserError('comm.backend = "nccl" needs GPUs and this machine has none; set "auto" or "gloo"')
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = this_process().local_rank
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"NGPU: process {local_rank + 1} of this node has no GPU, there are {torch.cuda.device_count()}; start"
@@ -121,7 +121,8 @@ def local_device(comm: Comm) -> torch.device:
 
 def start_world(degrees: Degrees, comm: Comm, device: torch.device) -> World:
     """Join the other ranks (the environment is torchrun's) and build the mesh. Raises UserError if they do not meet."""
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    me = this_process()
+    rank, size = me.rank, me.size
     if size == 1:
         return World(rank, size, device, degrees, None)
     # Objects (hashes, errors) travel over gloo whatever the device, so that no GPU is touched for them.

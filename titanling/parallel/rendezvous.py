@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from titanling.errors import UserError
+from titanling.ranks import this_process
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
 NAMED_AT_MOST = 16
@@ -54,7 +55,8 @@ def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
     Raises UserError naming the address, and who is missing, after at most 3 × `timeout` and mostly after one. On hosts
     whose own name leads to 127.0.0.0/8, sets GLOO_SOCKET_IFNAME unless it is set.
     """
-    place = Place(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, size, timeout)
+    me = this_process()
+    place = Place(me.address, me.port, rank, size, timeout)
     store = _open_store(place)
     try:
         missing, outside = _meet(place, store)
@@ -150,7 +152,7 @@ def _describe(ranks: list[int]) -> str:
     def some(numbers: list[int]) -> str:
         return ", ".join(map(str, numbers[:NAMED_AT_MOST])) + (" …" if len(numbers) > NAMED_AT_MOST else "")
 
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    per_node = this_process().per_node
     nodes = f" (NODE_RANK {some(sorted({rank // per_node for rank in ranks}))})" if per_node else ""
     return f"rank {some(ranks)}{nodes}"
 
@@ -162,7 +164,7 @@ def unreachable(error: Exception, rank: int) -> UserError:
     there = ", ".join(f"{name} {address}" for name, address in _interfaces())
     return UserError(
         f"GLOO_SOCKET_IFNAME: rank {rank}, with {own}, and the other ranks met at"
-        f" {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} but cannot connect to one another"
+        f" {this_process().address}:{this_process().port} but cannot connect to one another"
         f" ({_first_line(error)}); on each node set GLOO_SOCKET_IFNAME to the interface that leads to the others"
         f" (here: {there}), and let the firewall between the nodes pass all TCP ports"
     )

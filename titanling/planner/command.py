@@ -1,7 +1,6 @@
 """Plan a config: what scripts/plan.py and the trainer's --dry-run both do."""
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,14 +37,3 @@ def plan(loaded: LoadedConfig, world: int, hardware: str | None = None, out: Pat
             out.write_text(json.dumps(as_json(planned, better), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {out}: cannot be written: {error.strerror}; give another file") from None
-
-
-def planned_world_size() -> int:
-    """Processes that the launcher's variables ask for: WORLD_SIZE, or NGPU × NNODES; 1 where there are none."""
-    size = 1
-    for name in ("WORLD_SIZE",) if "WORLD_SIZE" in os.environ else ("NGPU", "NNODES"):
-        value = os.environ.get(name, "1")
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"{name} = {value}: must be a number of at least 1")
-        size *= int(value)
-    return size

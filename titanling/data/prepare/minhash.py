@@ -97,7 +97,7 @@ def submit(files: Sequence[TextFile], output: str, reading: Reading, settings: M
             qos="",
             # A node's shell finds the commands of this Python, and this titanling.
             env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH"
-            f" PYTHONPATH={shlex.quote(str(Path(__file__).parents[3]))}:$PYTHONPATH",
+            f" PYTHONPATH={shlex.quote(str(Path(__file__).parents[3]))}${{PYTHONPATH:+:$PYTHONPATH}}",
             sbatch_args=dict(slurm.options),
             depends=executor,
             logging_dir=str(work / "logs" / name),
