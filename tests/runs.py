@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from helpers import TinyData, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +35,14 @@ def open_trainer(folder: Path, data: TinyData, changes: Mapping[str, Any] | None
         gc.enable()  # Trainer.train switches it off
 
 
+def gather_any(trainer: Trainer, value: Any) -> list[Any]:
+    """Every rank's `value`, of any kind."""
+    values = [value] * trainer.world.size
+    if trainer.world.mesh is not None:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def full(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor; a collective where it is sharded."""
     tensor = tensor.detach()
@@ -50,7 +59,7 @@ def of_all_stages(trainer: Trainer, tensors: Tensors) -> Tensors:
     """With what the other stages of a pipeline hold, in the order of the stages."""
     if trainer.world.degrees.pp == 1:
         return tensors
-    return {name: tensor for part in trainer.world.gather(tensors) for name, tensor in part.items()}
+    return {name: tensor for part in gather_any(trainer, tensors) for name, tensor in part.items()}
 
 
 def saved_tensors(checkpoint: Path) -> Tensors:

@@ -1,6 +1,7 @@
 """The house's own rules: which room may know which, what stays free of torch, no pickle, everything documented."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_no_pickle(module: str) -> None:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, f"{module}:{node.lineno}"
+
+
+def test_nothing_is_pickled_for_another_process_of_the_run() -> None:
+    """What torch sends as an "object" is a pickle, which runs any program where it arrives."""
+    parsed = {module: tree(module) for module in modules()}
+    parsed |= {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "scripts").glob("*.py")}
+    for name, nodes in parsed.items():
+        used = {node.attr for node in ast.walk(nodes) if isinstance(node, ast.Attribute)}
+        used |= {alias.name for node in ast.walk(nodes) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not [word for word in used if re.search("_object$|_object_list$|^PythonStore$|^rpc$", word)], name
 
 
 def public(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

@@ -101,9 +101,10 @@ class Owner:
                 raise foreign(f"{place.name}/{NAME}", "not what a run writes")
             why = self._why_free(other, place)
             if why is None:
+                another = f", or set another {setting}" if "." in setting else ""
                 raise UserError(
-                    f"{setting} = {place.name}: another run has it: {other}; wait for it or end it, or set another"
-                    f" {setting} (one that has vanished counts as ended {STALE_SECONDS:.0f} s after its last sign)"
+                    f"{setting} = {place.name}: another run has it: {other}; wait for it or end it{another} (one that"
+                    f" has vanished counts as ended {STALE_SECONDS:.0f} s after its last sign)"
                 )
             if place.replace(content, self._me):
                 self._say(f"{place.name}: taken over from {other}, {why}")

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -94,11 +96,12 @@ def check(config: Config, owner: Owner | None = None) -> tuple[LlamaShape, Degre
         this_process().size,
     )
     if is_first():
-        _check_run_folder(config)
-        if owner is not None:
-            owner.take(_run_folders(config))
-        _prepare_data(config)
-        _check_data(config, shape, degrees)
+        with _shown_to_others(config):
+            _check_run_folder(config)
+            if owner is not None:
+                owner.take(_run_folders(config))
+            _prepare_data(config)
+            _check_data(config, shape, degrees)
     return shape, degrees
 
 
@@ -158,6 +161,16 @@ def _end_at_once(error: RuntimeError, trainer: "Trainer | None", config: Config)
     if trainer is not None and not isinstance(error, RanksLost):
         trainer.world.leave()
     os._exit(1)
+
+
+def _shown_to_others(config: Config) -> AbstractContextManager[None]:
+    """While rank 0 is at work before the ranks meet, the others know that it is. Several ranks do pay for torch now."""
+    if this_process().size == 1:
+        return nullcontext()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from titanling.parallel.rendezvous import at_work
+
+    return at_work(timedelta(seconds=config.comm.init_timeout_seconds))
 
 
 def _check_run_folder(config: Config) -> None:

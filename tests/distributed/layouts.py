@@ -16,7 +16,7 @@ from unittest import mock
 import table
 import torch
 from helpers import TinyData
-from runs import differing, live_tensors
+from runs import differing, gather_any, live_tensors
 from saving import CHAIN, checkpoints, failed_save, resume_chain
 from suite import RANK, WITHOUT_CHECKPOINTS, WORLD, Suite, alone
 from table import MODELS, Case, Settings, mesh, pipeline
@@ -89,7 +89,7 @@ def non_finite(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[st
             "skipped": [skipped, trainer.skipped_steps.item()],
             "scale_factor": factor,
         }
-        return {f"{name}, {dtype}": trainer.world.gather(result)}
+        return {f"{name}, {dtype}": gather_any(trainer, result)}
 
 
 def poisoned(given: Tensor) -> Tensor:

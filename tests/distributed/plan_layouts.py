@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from helpers import TinyData
+from runs import gather_any
 from suite import RANK, WITHOUT_CHECKPOINTS, WORLD, Suite
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -124,7 +125,7 @@ def run(suite: Suite, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     results = {}
     for name, layout in layouts.items():
         with suite.trainer(WITHOUT_CHECKPOINTS, MODEL, layout) as trainer:
-            results[name] = trainer.world.gather(measure(trainer))
+            results[name] = gather_any(trainer, measure(trainer))
     return results
 
 

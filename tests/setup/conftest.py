@@ -105,11 +105,12 @@ class Machine:
         return next(self.environment.glob("lib/python3*/site-packages"))
 
     def install(self, name: str, version: str) -> None:
-        """Put a package's metadata into the active environment, as if it were installed."""
+        """Put a package's metadata and an empty module into the active environment, as if it were installed."""
         info = self.site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        (self.site / f"{name.replace('-', '_')}.py").touch()
 
     def uninstall(self, name: str) -> None:
         """Take a package's metadata away again."""

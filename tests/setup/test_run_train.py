@@ -126,3 +126,18 @@ def test_scripts_parse() -> None:
     for script in ("run_train.sh", "scripts/setup_env.sh", "scripts/test.sh", "scripts/gpu_check.sh", ".ci/run"):
         assert subprocess.run(["bash", "-n", root / script]).returncode == 0
         assert (root / script).stat().st_mode & 0o111
+
+
+HOSTILE = ("tomli", "torch", "titanling", "runpy", "signal", "pickle", "argparse", "sitecustomize", "json", "worker")
+
+
+@pytest.mark.parametrize(("processes", "path"), [("1", "::/nowhere:"), ("2", ":")])
+def test_nothing_is_imported_from_where_the_user_stands(trainer: Any, processes: str, path: str) -> None:
+    """Neither by the launcher nor by what it starts, nor through an empty entry of PYTHONPATH."""
+    (trainer.root / "titanling" / "train.py").write_text("import json, sys, tomli, torch, subprocess\n" + PROGRAM)
+    for name in HOSTILE:
+        (trainer.temporary / f"{name}.py").write_text("import os; os.write(2, __name__.encode()); os._exit(99)")
+    (trainer.temporary / "titanling").mkdir()
+    (trainer.temporary / "titanling" / "__init__.py").write_text("import os; os._exit(98)")
+    result = trainer.run("run_train.sh", NGPU=processes, PYTHONPATH=path)
+    assert (result.returncode, len(reports(result))) == (0, int(processes))

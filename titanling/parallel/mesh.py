@@ -1,11 +1,12 @@
 """The processes of a run and their device mesh. CUDA (NVIDIA or ROCm) where there is one, else the CPU with gloo."""
 
+import json
 import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -94,12 +95,18 @@ class World:
             self.roll_call.close()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on every rank."""
+        """Every rank's `value`, which is JSON, in rank order, on every rank. Never a pickle, which is a program."""
+        own = json.dumps(value).encode()
         if self.mesh is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+            return [json.loads(own)]
+        size = torch.tensor([len(own)])
+        sizes = [torch.zeros_like(size) for _ in range(self.size)]
+        dist.all_gather(sizes, size)
+        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+        padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        texts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(texts, padded)
+        return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
 def local_device(comm: Comm) -> torch.device:

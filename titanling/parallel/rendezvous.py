@@ -1,16 +1,20 @@
 """How the ranks of a run meet: one store that all have reached, or one line that names the address and who is missing.
 
 torch's own start-up waits quietly for a peer that never comes, then writes pages of warnings and stack frames; so the
-waiting is done here, and torch's store is asked only what it can answer at once.
+waiting is done here, and torch's store is asked only what it can answer at once. Where all ranks are on one host, the
+store and gloo listen at its loopback address alone: whoever reaches them could take part.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +26,9 @@ from titanling.ranks import this_process
 SIOCGIFADDR = 0x8915  # netdevice(7)
 NAMED_AT_MOST = 16
 POLL_SECONDS = 0.1
+BACKLOG = 1024
+BEAT_SECONDS, SPEAKS_AFTER_BEATS = 1.0, 3
+PREPARING, FAILED = "preparing", "failed"
 FAREWELL_SECONDS = 5.0
 """How long rank 0 keeps the store of a failed start open, for the others to read why."""
 
@@ -57,7 +64,7 @@ def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """
     me = this_process()
     place = Place(me.address, me.port, rank, size, timeout)
-    store = _open_store(place)
+    store = _opened.pop() if _opened else _open_store(place)
     try:
         missing, outside = _meet(place, store)
     except RuntimeError as error:
@@ -74,26 +81,86 @@ def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
     return store
 
 
+_opened: list[dist.Store] = []
+"""The store that `at_work` has left open, for `rendezvous`."""
+
+
+@contextmanager
+def at_work(timeout: timedelta) -> Iterator[None]:
+    """On rank 0 of several: open the store, and show there that this rank is at work before it joins the others.
+
+    Their clock starts when that stops. A UserError is told to the other nodes too. Raises UserError as `rendezvous`.
+    """
+    me, ended = this_process(), threading.Event()
+    store = _open_store(Place(me.address, me.port, me.rank, me.size, timeout))
+    beats = store.clone()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(BEAT_SECONDS if count else 0):
+            count += 1
+            with suppress(RuntimeError):  # the store is gone: the run is ending
+                beats.set(PREPARING, str(count))
+
+    thread = threading.Thread(target=beat, name="at work", daemon=True)
+    thread.start()
+    try:
+        yield
+    except UserError as error:
+        store.set(FAILED, str(error))
+        if me.per_node != me.size:  # on one node, the launcher ends the others
+            told = [f"told {other}" for other in range(1, me.size)]
+            _missing(store, told, time.monotonic() + FAREWELL_SECONDS)
+        raise
+    finally:
+        ended.set()
+        thread.join(BEAT_SECONDS)
+    _opened.append(store)
+
+
 def _open_store(place: Place) -> dist.Store:
     """Rank 0 opens the store (unless torchrun's agent has), the others wait until they reach it."""
     host, port, timeout = place.host, place.port, place.timeout
     hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         if hosts_store:
-            # It listens on every address. Its own way there is the shortest, for MASTER_ADDR may be a forwarded one.
-            store = dist.TCPStore("127.0.0.1", port, place.size, True, timeout=timeout, wait_for_workers=False)
+            here, listening = _loopback_socket(place)
+            store = dist.TCPStore(
+                here, port, place.size, True, timeout, wait_for_workers=False, master_listen_fd=listening
+            )
         else:
             _wait_for_listener(host, port, place.deadline())
             store = dist.TCPStore(host, port, place.size, False, timeout=timeout, wait_for_workers=False)
     except (RuntimeError, OSError) as error:
         reason = _first_line(error)
-        if "EADDRINUSE" in reason:
+        if "EADDRINUSE" in reason or getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(f"MASTER_PORT={port}: in use on node 0 ({host}); set another one on all nodes") from None
         raise UserError(
             f"MASTER_ADDR, MASTER_PORT: rank {place.rank} could not {'open' if hosts_store else 'reach'} {place} within"
             f" {place.limit}: {reason}; is node 0 running, and is that its address as the other nodes see it?"
         ) from None
     return dist.PrefixStore(f"titanling/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _loopback_socket(place: Place) -> tuple[str, int | None]:
+    """Where rank 0 opens the store: at the loopback address alone if all ranks are on this node and meet there.
+
+    Else torch listens on every address, and rank 0's own way there is the shortest: MASTER_ADDR may be a forwarded one.
+    """
+    address = "127.0.0.1"
+    if this_process().per_node != place.size:
+        return address, None
+    try:
+        address = socket.gethostbyname(place.host)
+    except OSError:
+        return address, None
+    if not _is_loopback(address):
+        return "127.0.0.1", None
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, place.port))
+        server.listen(BACKLOG)
+        return address, server.detach()
 
 
 def _wait_for_listener(host: str, port: int, deadline: float) -> None:
@@ -125,9 +192,11 @@ def _meet(place: Place, store: dist.Store) -> tuple[list[int], str]:
         missing = _missing(store, names, place.deadline())
         addresses = [] if missing else [address.decode() for address in store.multi_get(names)]
         outside = next((address for address in addresses if address and not _is_loopback(address)), "")
+        if addresses and all(map(_is_loopback, addresses)):
+            outside = addresses[0]  # all on this host
         store.set("outcome", json.dumps([missing, outside]))
-    # Rank 0 may have started last, and then waits its own full time.
-    store.wait(["outcome"], 2 * place.timeout)
+    else:
+        _await_outcome(place, store)
     missing, outside = json.loads(store.get("outcome"))
     if missing:
         store.set(f"told {place.rank}", "")
@@ -135,6 +204,35 @@ def _meet(place: Place, store: dist.Store) -> tuple[list[int], str]:
             told = [f"told {other}" for other in range(place.size) if other not in missing]
             _missing(store, told, time.monotonic() + FAREWELL_SECONDS)
     return missing, outside
+
+
+def _await_outcome(place: Place, store: dist.Store) -> None:
+    """Wait for rank 0's word: as long as it shows that it is at work, and then twice the timeout, for it may have
+    started last and then waits its own full time. Raises UserError if it has failed, or is silent."""
+    seen, said, deadline = b"", False, place.deadline() + place.timeout.total_seconds()
+    while not store.check(["outcome"]):
+        if store.check([FAILED]):
+            problem = store.get(FAILED).decode()
+            store.set(f"told {place.rank}", "")
+            raise UserError(problem)
+        beat = store.get(PREPARING) if store.check([PREPARING]) else b""
+        if beat != seen:
+            seen, deadline = beat, place.deadline() + place.timeout.total_seconds()
+            if not said and int(beat) > SPEAKS_AFTER_BEATS and _speaks(place.rank):
+                said = True
+                print(f"rank {place.rank} waits for rank 0, which prepares or checks the data", flush=True)
+        elif time.monotonic() > deadline:
+            raise UserError(
+                f"MASTER_ADDR, MASTER_PORT: rank 0 at {place} has been silent for twice {place.limit}; look at its"
+                " messages and node"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _speaks(rank: int) -> bool:
+    """Whether this rank says what its whole node waits for."""
+    local_rank = this_process().local_rank
+    return local_rank == 0 or rank == 1
 
 
 def _missing(store: dist.Store, names: list[str], deadline: float) -> list[int]:
@@ -171,10 +269,10 @@ def unreachable(error: Exception, rank: int) -> UserError:
 
 
 def _choose_gloo_interface(outside: str) -> None:
-    """Have gloo use the network that leads to `outside`, an address of some node ("": all ranks are on one host).
+    """Have gloo use the network that leads to `outside`, an address of some node, loopback if all are on one host.
 
-    gloo listens at the address of the host's own name. Debian, and many containers, list that name as 127.0.1.1, where
-    no other node can reach it.
+    "": not known. gloo listens at the address of the host's own name. Debian, and many containers, list that name as
+    127.0.1.1, where no other node can reach it; and on one host, nobody else should.
     """
     if not outside or "GLOO_SOCKET_IFNAME" in os.environ:
         return
@@ -184,7 +282,8 @@ def _choose_gloo_interface(outside: str) -> None:
             probe.bind((own, 0))
     except OSError:
         own = "127.0.0.1"  # what gloo takes where the name leads nowhere
-    interface = _interface_of(_address_towards(outside)) if _is_loopback(own) else None
+    known = _is_loopback(own) or _is_loopback(outside)
+    interface = _interface_of(_address_towards(outside)) if known else None
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
 
