@@ -51,9 +51,16 @@ def run(main: Callable[[], int | None]) -> None:
 
 def warn(lines: Iterable[str]) -> None:
     """Print warnings to stderr, a line each; of several ranks the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if _me().rank == 0:
         for line in lines:
             print(f"warning: {escape_controls(' '.join(line.split()))}", file=sys.stderr, flush=True)
+
+
+def _me() -> Process:
+    """This process, as far as its launcher's words make sense: that they do not may be what is to be said."""
+    with suppress(UserError):
+        return this_process()
+    return Process()
 
 
 def _end_with(code: int | None) -> None:
@@ -77,9 +84,7 @@ def local_path(text: str) -> Path:
 
 def _refuse(message: str) -> int:
     """Say what is wrong on one line; return the exit code."""
-    me = Process()
-    with suppress(UserError):  # that may be what is wrong
-        me = this_process()
+    me = _me()
     # The first rank of a node comes before the others there, which its launcher ends then.
     time.sleep(3 * (me.rank > 0) + 3 * (me.local_rank > 0))
     who = f"error (rank {me.rank})" if me.rank else "error"

@@ -226,8 +226,7 @@ class Trainer:
 
     def _between_steps(self, last: bool) -> None:
         self.checkpointer.poll()
-        flags = self.stop.requested, self.checkpointer.overdue(), self.owner.lost
-        self.stopped, overdue, lost = self.world.any(*flags)
+        self.stopped, overdue, lost = self.world.any(self.stop.requested, self.checkpointer.overdue(), self.owner.lost)
         if lost:
             self.owner.check(self.world.gather)
         best = self._look(last)

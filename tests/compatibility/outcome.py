@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titanling.config import load_config
 from titanling.model.presets import resolve_shape
-from titanling.parallel.degrees import resolve_degrees, world_size
+from titanling.parallel.degrees import resolve_degrees
 from titanling.parallel.runner import Batch
 from titanling.trainer import Trainer
 
@@ -41,7 +41,9 @@ def opened(run: str, overrides: dict[str, Any] | None = None, folder: str | None
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     settings: dict[str, Any] = {"training.steps": 2 * STEPS, "job.dump_folder": f"runs/{folder or run}"}
     config = load_config(f"runs/{run}/config.toml", settings | dict(overrides or {})).config
-    trainer = Trainer(config, resolve_shape(config.model), resolve_degrees(config.parallelism, world_size()))
+    trainer = Trainer(
+        config, resolve_shape(config.model), resolve_degrees(config.parallelism, int(os.environ.get("WORLD_SIZE", "1")))
+    )
     try:
         yield trainer
     finally:
