@@ -10,9 +10,8 @@ environment.require()
 
 import argparse
 import json
-from pathlib import Path
 
-from titanling.cli import run
+from titanling.cli import local_path, path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -28,7 +27,7 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("tokenizers", nargs="+", metavar="TOKENIZER", help="directories that hold a tokenizer.json")
+    add("tokenizers", nargs="+", type=path_or_url, metavar="TOKENIZER", help="directories that hold a tokenizer.json")
     add(
         "--source",
         nargs="+",
@@ -36,12 +35,12 @@ def main() -> None:
         metavar="NAME=PATH[:WEIGHT]",
         help="text, as for train_tokenizer.py; best none that a tokenizer was trained on. Weights: for the mean",
     )
-    add("--reference", help="the tokenizer to which lengths are normalised (default: the first)")
+    add("--reference", type=path_or_url, help="the tokenizer to which lengths are normalised (default: the first)")
     add("--max-bytes", type=float, default=1e7, help="text to read of each source (default: 1e7)")
     add("--text-field", default="text", help="JSON lines, Parquet: key or column of the text (default: text)")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
     add("--seed", type=int, default=0, help="which pieces of a large source are taken (default: 0)")
-    add("--json", metavar="OUT", type=Path, help="also write the figures here")
+    add("--json", metavar="OUT", type=local_path, help="also write the figures here")
     arguments = parser.parse_args()
     from titanling.checkpoint.text import columns
     from titanling.data.prepare.fertility import as_json, compare, means

@@ -23,7 +23,7 @@ EXAMPLE = (
 def main() -> None:
     """Arguments → export_to_hf."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--checkpoint", required=True, help="a step-… folder, or its URL")
+    parser.add_argument("--checkpoint", type=cli.path_or_url, required=True, help="a step-… folder, or its URL")
     parser.add_argument(
         "--output", type=cli.local_path, required=True, help="directory to make; must not exist, or be empty"
     )

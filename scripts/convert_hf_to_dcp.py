@@ -11,7 +11,6 @@ environment.require()
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from titanling import cli
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf", help="of the input (default hf)")
     megatron = parser.add_argument_group("for --format megatron, whose files do not say what model they hold")
     megatron.add_argument("--flavor", help="a preset with the model's sizes")
-    megatron.add_argument("--config", type=Path, help="or a config whose [model] has them")
+    megatron.add_argument("--config", type=cli.local_path, help="or a config whose [model] has them")
     megatron.add_argument("--vocab-size", type=int, help="number of tokens; rows beyond are padding, and cut")
     megatron.add_argument("--tokenizer", type=cli.local_path, help="tokenizer directory, for generation and export")
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ environment.require()
 import argparse
 import os
 
-from titanling.cli import run
+from titanling.cli import path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or globs, as prepare_data.py --text")
-    add("--output", required=True, help="folder to write; it appears when all is done")
+    add("--output", type=path_or_url, required=True, help="folder to write; it appears when all is done")
     add("--text-field", default="text", help="key or column that holds the text (default: text)")
     add("--id-field", help="key or column of the documents' names, kept beside the text")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")

@@ -9,7 +9,6 @@ from titanling import environment
 environment.require()
 
 import argparse
-from pathlib import Path
 
 from titanling import cli
 from titanling.checkpoint.remote import open_path
@@ -23,14 +22,14 @@ EXAMPLE = (
 def main() -> None:
     """Arguments → generate."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--checkpoint", type=open_path, required=True, help="a step-… folder, or its URL")
+    parser.add_argument("--checkpoint", type=cli.path_or_url, required=True, help="a step-… folder, or its URL")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all (default)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling; 1: off (default 0.95)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer directory (default: the one of the run)")
+    parser.add_argument("--tokenizer", type=cli.local_path, help="tokenizer directory (default: the one of the run)")
     arguments = parser.parse_args()
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or arguments.top_k < 0 or not 0 < arguments.top_p <= 1:
@@ -41,7 +40,7 @@ def main() -> None:
     from titanling.checkpoint.weights import find_tokenizer, load_model
     from titanling.model.generate import CachedDecoder, generate
 
-    saved = load_model(arguments.checkpoint)
+    saved = load_model(open_path(arguments.checkpoint))
     _, files = find_tokenizer(saved.state, saved.shape, arguments.tokenizer)
     # Documents follow an end-of-text token in training, so an empty prompt starts after one.
     prompt = files.tokenizer.encode(arguments.prompt).ids or [files.eod_id]

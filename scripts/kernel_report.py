@@ -17,6 +17,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from titanling.cli import local_path
+
 EXAMPLE = "example: python scripts/kernel_report.py --targets sm_90 gfx90a --match 'norm.*8192' --check"
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = ROOT / "benchmarks/kernel_budget.json"
@@ -30,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--targets", nargs="+", metavar="TARGET", help="default: all of the above")
     parser.add_argument("--match", default="", metavar="REGEX", help="only kernels with such a name")
-    parser.add_argument("--budget", type=Path, default=BUDGET, metavar="FILE", help=f"default: {BUDGET.name}")
+    parser.add_argument("--budget", type=local_path, default=BUDGET, metavar="FILE", help=f"default: {BUDGET.name}")
     parser.add_argument("--check", action="store_true", help="fail on a broken limit, and on more than is recorded")
     parser.add_argument("--record", action="store_true", help="record these costs for this version of Triton")
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ environment.require()
 
 import argparse
 
-from titanling.cli import run
+from titanling.cli import path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write to")
+    parser.add_argument("--output", type=path_or_url, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument(
         "--bytes-per-source", type=int, default=500_000, metavar="N", help="at most so much text (default: 500000)"
     )

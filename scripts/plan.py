@@ -9,7 +9,6 @@ from titanling import environment
 environment.require()
 
 import argparse
-from pathlib import Path
 
 from titanling import cli
 from titanling.planner.hardware import NAMES
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's TOML")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes, one per device")
     parser.add_argument("--hardware", choices=NAMES, help="device (default: this machine's; mi250x is one GCD)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything here")
+    parser.add_argument("--json", type=cli.local_path, metavar="OUT", help="also write everything here")
     arguments, rest = parser.parse_known_args()  # the rest are overrides, as of training: --table.key value
     # Imported late, so that --help answers at once.
     from titanling.config import load_config

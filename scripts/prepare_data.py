@@ -12,7 +12,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from titanling.cli import run
+from titanling.cli import path_or_url, run
 from titanling.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,9 +45,13 @@ def parse_arguments() -> argparse.Namespace:
         help="files, folders or globs: .jsonl and .parquet (a document a line or row), others are a document each;"
         ' .gz and .zst are unpacked; or "python-stdlib"',
     )
-    add("--output", required=True, help="folder to write to")
-    add("--tokenizer", help="folder of an existing Hugging Face tokenizer to use instead of a new one")
-    add("--config", metavar="FILE", help="TOML whose [data.prepare] holds for all that is not given here; filters, say")
+    add("--output", type=path_or_url, required=True, help="folder to write to")
+    add("--tokenizer", type=path_or_url, help="folder of a Hugging Face tokenizer to use instead of a new one")
+    add(
+        "--config",
+        metavar="FILE",
+        help="TOML whose [data.prepare] holds for all that is not given here; filters, say",
+    )
     add("--shard", metavar="I/N", help='make only this share (from 1) of the text; "slurm": as the job array says')
     add("--vocab-size", type=int, help="size of a new tokenizer (default: 8192)")
     add("--validation-fraction", type=float, help="share of the documents kept aside (default: 0.01)")

@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 
-from titanling.cli import run
+from titanling.cli import path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
         help="files, folders or globs of UTF-8 text, and each source's share of the sample (default weight: 1);"
         " or a .toml file with name, text and weight in each of its [[sources]]",
     )
-    add("--output", required=True, help="folder to write to; must not exist")
+    add("--output", type=path_or_url, required=True, help="folder to write to; must not exist")
     add("--vocab-size", type=int, required=True, help="tokens in all, special tokens and bytes included")
     add(
         "--kind",

@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from titanling.errors import UserError
+from titanling.paths import expand
 from titanling.ranks import Process, launched, this_process
-from titanling.text import escape_controls
+from titanling.text import escape_controls, shorten
 
 # What the user can mend: the disk is full, over quota, mounted read-only, or its permissions forbid us.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -79,7 +80,17 @@ def local_path(text: str) -> Path:
     """A path of this machine, for a script's arguments. Raises UserError for a URL, whose name a path would mangle."""
     if "://" in text:
         raise UserError(f"{text}: must be a path of this machine, not a URL; copy it there yourself")
-    return Path(text)
+    return Path(path_or_url(text))
+
+
+def path_or_url(text: str) -> str:
+    """A path or a URL, for a script's arguments: ~ and $VAR are expanded where the shell has not (--output=~/x).
+
+    Raises UserError for an empty one, and as `titanling.paths.expand` does.
+    """
+    if not text:
+        raise UserError('command line: "" is no path; give one')
+    return expand(text)
 
 
 def _refuse(message: str) -> int:
@@ -88,5 +99,5 @@ def _refuse(message: str) -> int:
     # The first rank of a node comes before the others there, which its launcher ends then.
     time.sleep(3 * (me.rank > 0) + 3 * (me.local_rank > 0))
     who = f"error (rank {me.rank})" if me.rank else "error"
-    print(f"{who}: {escape_controls(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print(f"{who}: {escape_controls(shorten(' '.join(message.split()), 3000))}", file=sys.stderr, flush=True)
     return 2

@@ -229,7 +229,7 @@ def test_sources_in_words_and_in_toml(tmp_path: Path) -> None:
         ("fi=a", "source fi: named twice"),
         ("nowhere.toml", "nowhere.toml: cannot be read"),
         ("name = 3", "has no [[sources]]"),
-        ("[[sources]", "cannot be read as TOML"),
+        ("[[sources]", "not valid TOML"),
         ('[[sources]]\nname = "x"', "needs a name and a text"),
         ('[[sources]]\nname = "x"\ntext = "t"\nwieght = 2', "wieght = 2"),
         ('[[sources]]\nname = "x"\ntext = [3]', "must be a path or a list of paths"),

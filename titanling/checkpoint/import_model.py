@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from titanling.checkpoint import folder
+from titanling.checkpoint.foreign import what_it_is
 from titanling.checkpoint.hf_folder import CONFIG, open_hf_folder, read_hf_json
 from titanling.checkpoint.megatron import open_megatron
 from titanling.checkpoint.names import tensor_shapes
@@ -39,6 +40,9 @@ def import_hf(directory: Path, output: Path) -> Imported:
     Raises UserError if the directory cannot be read as one, if its model cannot be represented, if there is such a
     checkpoint already, or if it cannot be written.
     """
+    whole = (directory / CONFIG).exists() and not (directory / "lit_model.pth").exists()  # LitGPT keeps a config.json
+    if directory.exists() and not whole and (what := what_it_is(directory)):
+        raise UserError(f"{directory}: is no Hugging Face directory: it {what}")
     shape, shards = open_hf_folder(directory)
     config = read_hf_json(directory / CONFIG)
     positions = config.get("max_position_embeddings")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from titanling.checkpoint import folder, remote
+from titanling.checkpoint.foreign import what_it_is
 from titanling.checkpoint.hf_folder import open_hf_folder
 from titanling.checkpoint.loading import Restored, agreed, load_checkpoint, open_checkpoint, read_tensors
 from titanling.checkpoint.resume import check_model, check_resumable
@@ -41,12 +42,13 @@ def load_initial(
     def load() -> None:
         if (path / folder.MANIFEST).exists():
             found.append(_from_checkpoint(settings, path, asdict(shape), data, config, model, optimizer, world))
-        elif (path / "config.json").exists():
+        elif (path / "config.json").exists() and not (path / "lit_model.pth").exists():
             found.append(_from_hugging_face(settings, path, asdict(shape), model))
         else:
+            what = what_it_is(path)
             raise UserError(
                 f'checkpoint.initial_load_path = "{path}": is neither a step-… folder of a run nor a Hugging Face'
-                " directory (config.json and .safetensors)"
+                f" directory (config.json and .safetensors){what and f': it {what}'}"
             )
 
     problem = agreed(world, load)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from titanling.checkpoint import folder, remote
 from titanling.checkpoint.state import read_state
+from titanling.config.toml import parse_toml
 from titanling.errors import UserError
 from titanling.owner import held
 
@@ -86,9 +85,9 @@ def find_root(name: str) -> Path:
     config = path / "config.toml"
     if config.is_file():
         try:
-            table = tomli.loads(config.read_text(encoding="utf-8")).get("checkpoint", {})
+            table = parse_toml(config.read_text(encoding="utf-8")).get("checkpoint", {})
             return remote.open_root(path, table.get("folder", DEFAULT_FOLDER))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{config}: cannot be read: {error}") from None
     if (path / DEFAULT_FOLDER).is_dir():
         return path / DEFAULT_FOLDER

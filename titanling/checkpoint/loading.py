@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from titanling.checkpoint import folder
+from titanling.checkpoint.foreign import what_it_is
 from titanling.checkpoint.saving import Parts
 from titanling.checkpoint.shards import Shards, Take, Written, take_all
 from titanling.checkpoint.state import read_state
@@ -49,6 +50,8 @@ def agreed(world: World, action: Callable[[], object]) -> str | None:
 
 def open_checkpoint(path: Path) -> Opened:
     """Read manifest and state. Raises UserError naming the file if one of them is missing or damaged."""
+    if path.exists() and not (path / folder.MANIFEST).exists() and (what := what_it_is(path)):
+        raise UserError(f"{path}: {what}")
     manifest = folder.read_manifest(path)
     return Opened(path, manifest, read_state(path, manifest))
 

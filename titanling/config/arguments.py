@@ -2,11 +2,10 @@
 
 from typing import Any, NamedTuple, get_args, get_origin
 
-import tomli
-
 from titanling.config.load import (
     COMMAND_LINE,
     Tree,
+    hint_at,
     is_key,
     is_repeated,
     known_tables,
@@ -14,8 +13,10 @@ from titanling.config.load import (
     unknown_key,
     without_places,
 )
+from titanling.config.toml import parse_toml
 from titanling.config.torchtitan import is_torchtitan_key
 from titanling.errors import UserError
+from titanling.text import shorten
 
 
 class Arguments(NamedTuple):
@@ -51,14 +52,15 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 value = "true" if alone else _next(rest, word)
             overrides[name] = _parse(value, annotation)
         else:
-            hint = nearest(name, ["config", "print-config", "dry-run", "help"]) if word.startswith("--") else ""
-            raise UserError(f"{COMMAND_LINE}: {word!r}: expected --config FILE or --table.key value{hint}")
+            hint = hint_at(name) or nearest(name, ["config", "print-config", "dry-run", "help"])
+            hint = hint if word.startswith("-") else ""
+            raise UserError(f"{COMMAND_LINE}: {shorten(word)!r}: expected --config FILE or --table.key value{hint}")
     return Arguments(config, overrides, "--print-config" in flags, bool(flags & {"--help", "-h"}), "--dry-run" in flags)
 
 
 def _next(rest: list[str], word: str) -> str:
     if not rest or rest[0].startswith("--"):
-        raise UserError(f"{COMMAND_LINE}: {word} needs a value after it")
+        raise UserError(f"{COMMAND_LINE}: {shorten(word)} needs a value after it")
     return rest.pop(0)
 
 
@@ -66,7 +68,7 @@ def _annotation(dotted: str) -> Any:
     if is_torchtitan_key(dotted):
         return Any
     if not is_key(without_places(dotted)):
-        raise UserError(f"{COMMAND_LINE}: --{dotted}: {unknown_key(without_places(dotted))}")
+        raise UserError(f"{COMMAND_LINE}: --{shorten(dotted)}: {unknown_key(without_places(dotted))}")
     given, _, key = dotted.rpartition(".")
     table = without_places(given)
     placed = given.removeprefix(f"{table}.").isdecimal() and given != table
@@ -82,9 +84,12 @@ def _annotation(dotted: str) -> Any:
 def _parse(raw: str, annotation: Any) -> Any:
     """A TOML value; where the key is a string, or the text is not TOML, the text itself."""
     try:
-        value = tomli.loads(f"value = {raw}")["value"]
-    except tomli.TOMLDecodeError:
+        parsed = parse_toml(f"value = {raw}")
+    except ValueError:
         return raw
+    if len(parsed) > 1:  # a line break, and another key
+        return raw
+    value = parsed["value"]
     return raw if _takes_string(annotation) and not isinstance(value, str) else value
 
 

@@ -1,20 +1,24 @@
 """From TOML files and command-line overrides to one checked `Config`."""
 
+import copy
 import difflib
-import json
+import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
-import tomli
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from titanling.config.hints import name_here
 from titanling.config.schema import Config
+from titanling.config.toml import read_toml
 from titanling.config.torchtitan import translate
 from titanling.errors import UserError
+from titanling.paths import expand, try_expand
+from titanling.text import shorten, show
 
 COMMAND_LINE = "command line"
 HELP_LISTS = "; remove it (--help lists all keys)"
@@ -42,7 +46,9 @@ def load_config(path: str | Path, overrides: Tree | None = None) -> LoadedConfig
     Raises UserError for a missing or malformed file, a cycle of `extends`, an unknown key, a wrong type, a value
     out of range, and a torchtitan feature that titanling lacks.
     """
-    tree, origins = _read(Path(path), ())
+    if not str(path):
+        raise UserError('--config "": must be the name of a file')
+    tree, origins = _read(Path(expand(str(path))), (), {})
     _make_way(tree, overrides or {})
     for dotted, value in (overrides or {}).items():
         _set(tree, dotted, value)
@@ -103,13 +109,32 @@ def unknown_key(dotted: str) -> str:
     """What is wrong with a dotted key that the schema does not have, and the nearest one that it has."""
     tables = known_tables()
     table, _, key = dotted.rpartition(".")
+    if is_key(dotted):
+        return f'"{dotted}" in quotes is a name of its own, and unknown; write it without them'
     if table in tables:
-        hint = nearest(key, list(tables[table].model_fields)) or HELP_LISTS
-        return f"unknown key {key} in [{table}]{hint}"
+        hint = _elsewhere(key, table) or nearest(key, list(tables[table].model_fields)) or HELP_LISTS
+        return f"unknown key {shorten(key)} in [{table}]{hint}"
     homes = [name for name, found in tables.items() if not table and key in found.model_fields]
     if homes:
         return f"{key} stands outside of any table; it belongs under [{homes[0]}]"
-    return f"unknown table [{table or key}]{nearest(table or key, list(tables)) or HELP_LISTS}"
+    hint = _elsewhere(dotted) if table else _elsewhere(key)
+    return f"unknown table [{shorten(table or key)}]{hint or nearest(table or key, list(tables)) or HELP_LISTS}"
+
+
+def _elsewhere(key: str, table: str = "") -> str:
+    """`; here it is X` for a key that stands in another table, is written with dashes, or is another trainer's."""
+    plain = key.replace("-", "_").lower()
+    for dotted in (plain, f"{table}.{plain}"):
+        if is_key(dotted):
+            return f"; did you mean {dotted}?"
+    homes = [name for name, found in known_tables().items() if plain in found.model_fields and not is_repeated(name)]
+    found = " or ".join(f"{home}.{plain}" for home in homes) or name_here(key)
+    return f"; here it is {found}" if found else ""
+
+
+def hint_at(flag: str) -> str:
+    """The same for a flag of the command line that has no table."""
+    return _elsewhere(flag.lstrip("-"))
 
 
 def is_repeated(table: str) -> bool:
@@ -146,32 +171,40 @@ def is_key(dotted: str) -> bool:
     return table in tables and key in tables[table].model_fields
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> tuple[Tree, dict[str, str]]:
-    resolved = path.resolve()
+Read = tuple[Tree, dict[str, str]]
+"""A file's tree with those it extends under it, and the file of each dotted key."""
+
+
+def _read(path: Path, above: tuple[str, ...], known: dict[str, Read]) -> Read:
+    """Read a file and those it extends, each once however many name it: `known` holds what has been read."""
+    resolved = os.path.realpath(path)
     if resolved in above:
-        chain = " → ".join(str(p) for p in (*above[above.index(resolved) :], resolved))
+        chain = " → ".join((*above[above.index(resolved) :], resolved))
         raise UserError(f"{above[-1]}: extends goes in a circle ({chain}); remove one of these extends")
+    if resolved in known:
+        return known[resolved]
     try:
-        tree = tomli.loads(path.read_text(encoding="utf-8"))
+        tree = read_toml(path)
     except FileNotFoundError:
         where = f"extended by {above[-1]}" if above else "check --config"
-        raise UserError(f"{path}: no such config file ({where})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this config file: {error}") from None
-    except tomli.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{shorten(str(path), 400)}: no such config file ({where})") from None
     bases = tree.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
-        raise UserError(f"{path}: extends = {_show(bases)}: must be a file name or a list of file names")
+        raise UserError(f"{path}: extends = {show(bases)}: must be a file name or a list of file names")
     merged: Tree = {}
     origins: dict[str, str] = {}
-    for base in bases:
-        base_tree, base_origins = _read(path.parent / base, (*above, resolved))
-        _lay_over(merged, base_tree)
+    for base in dict.fromkeys(bases):
+        try:
+            file = path.parent / try_expand(base)
+        except ValueError as error:
+            raise UserError(f"{path}: extends = {show(base)}: {error}") from None
+        base_tree, base_origins = _read(file, (*above, resolved), known)
+        _lay_over(merged, copy.deepcopy(base_tree))
         origins |= base_origins
     _lay_over(merged, tree)
-    return merged, origins | {key: str(path) for key in _leaves(tree)}
+    known[resolved] = merged, origins | {key: str(path) for key in _leaves(tree)}
+    return known[resolved]
 
 
 def _lay_over(base: Tree, tree: Tree) -> None:
@@ -217,9 +250,10 @@ def _set(tree: Tree, dotted: str, value: Any) -> None:
     inner: Any = tree
     for depth, table in enumerate(tables):
         if isinstance(inner, list) and table.isdecimal():
-            if int(table) >= len(inner):
+            if len(table) > 9 or int(table) >= len(inner):
                 name = ".".join(tables[:depth])
-                raise UserError(f"{COMMAND_LINE}: --{dotted}: there are {len(inner)} [[{name}]], counted from 0")
+                shown = f"{COMMAND_LINE}: --{shorten(dotted)}"
+                raise UserError(f"{shown}: there are {len(inner)} [[{name}]], counted from 0")
             inner = inner[int(table)]
         elif isinstance(inner, dict):
             place = depth + 1 < len(tables) and tables[depth + 1].isdecimal()
@@ -263,6 +297,8 @@ def _key_of(detail: ErrorDetails) -> str:
 
 
 def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str, str], path: str) -> str:
+    # A list whose only item is refused is not empty.
+    complaints = [each for each in complaints if each["type"] != "too_short"] or complaints
     detail = complaints[0]
     kind, context = detail["type"], detail.get("ctx", {})
     where = _origin(origins, dotted, path)
@@ -279,10 +315,10 @@ def _explain_one(dotted: str, complaints: list[ErrorDetails], origins: dict[str,
         return f"{where}: {_explain_kind(dotted, context)}"
     if kind in ("model_type", "model_attributes_type"):
         how = f"[{dotted}]" if dotted in known_tables() else f"[[{dotted}]]"
-        return f"{where}: {dotted} = {_show(detail['input'])}: must be a table, {how}"
+        return f"{where}: {dotted} = {show(detail['input'])}: must be a table, {how}"
     wanted = list(dict.fromkeys(_requirement(each["type"], each.get("ctx", {}), each["msg"]) for each in complaints))
     requirement = ", or ".join([wanted[0], *(text.removeprefix("must be ") for text in wanted[1:])])
-    return f"{where}: {dotted} = {_show(detail['input'])}: {requirement}"
+    return f"{where}: {dotted} = {show(detail['input'])}: {requirement}"
 
 
 def _explain_kind(dotted: str, context: dict[str, Any]) -> str:
@@ -290,7 +326,7 @@ def _explain_kind(dotted: str, context: dict[str, Any]) -> str:
     if "tag" not in context:
         return f"a [[{dotted}]] has no kind, which it needs: one of {', '.join(kinds)}"
     hint = nearest(context["tag"], kinds) or f"; there are {', '.join(kinds)}"
-    return f"{dotted} has the unknown kind {_show(context['tag'])}{hint}"
+    return f"{dotted} has the unknown kind {show(context['tag'])}{hint}"
 
 
 def _requirement(kind: str, context: dict[str, Any], message: str) -> str:
@@ -311,10 +347,6 @@ def _requirement(kind: str, context: dict[str, Any], message: str) -> str:
         return f"must be {words} {context[name]}"
     if kind == "literal_error":
         return f"must be {context['expected']}"
-    if kind == "string_too_short":
+    if kind in ("string_too_short", "too_short"):
         return "must not be empty"
     return message[:1].lower() + message[1:]
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)

@@ -45,9 +45,11 @@ def markdown() -> str:
         " the tests check that it is current.",
         "",
         'A run is one TOML file. `extends = "base.toml"` (or a list), at the top, composes files: later ones win, key'
-        " by key; paths are relative to the file that names them. `--table.key value` on the command line wins over"
-        " all. Unknown keys, wrong types and values out of range are refused. Tables and keys are torchtitan v0.2.2's"
-        " wherever the meaning is the same; keys marked *not yet* are understood but accept only their default so far.",
+        " by key; their paths are relative to the file that names them. In every path `~`, `$VAR` and `${VAR}` mean"
+        " what they mean in a shell, and a variable that is not set is refused. `--table.key value` on the command line"
+        " wins over all. Unknown keys, wrong types and values out of range are refused. Tables and keys are torchtitan"
+        " v0.2.2's wherever the meaning is the same; keys marked *not yet* are understood but accept only their default"
+        " so far.",
     ]
     for table, keys in _tables():
         lines += ["", f"## {header(table)}", "", _doc(known_tables()[table]), "", "| key | type | default | meaning |"]

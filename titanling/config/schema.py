@@ -7,7 +7,10 @@ documentation: `--help` and docs/configuration.md are made from it.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from titanling.paths import try_expand
 
 
 def _as_tuple(value: Any) -> Any:
@@ -15,8 +18,27 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _expanded(text: str) -> str:
+    try:
+        return try_expand(text)
+    except ValueError as error:
+        raise PydanticCustomError("path", "{why}", {"why": str(error)}) from None
+
+
+def _expandable(text: str) -> str:
+    """What is read where it is used, and as it is written part of what prepared files know of themselves."""
+    _expanded(text.partition("=")[2] or text)
+    return text
+
+
 Text = Annotated[str, Field(min_length=1)]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
+LocalPath = Annotated[Text, AfterValidator(_expanded)]
+"""A path, with ~ and $VAR expanded, or where the field says so a URL."""
+LocalPaths = Annotated[tuple[LocalPath, ...], BeforeValidator(_as_tuple)]
+WrittenPath = Annotated[Text, AfterValidator(_expandable)]
+"""A path that is expanded where it is used."""
+WrittenPaths = Annotated[tuple[WrittenPath, ...], BeforeValidator(_as_tuple)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 SCHEDULE_NAMES = {
     name.lower(): name
@@ -47,7 +69,7 @@ class Table(BaseModel):
 class Job(Table):
     """What the run is called and where it writes."""
 
-    dump_folder: Text = "./outputs"
+    dump_folder: LocalPath = "./outputs"
     """Run folder: config.toml, metrics.jsonl, tensorboard/, checkpoints/. Relative to the working directory."""
     description: str = "titanling run"
     """Free text, printed at start."""
@@ -58,13 +80,13 @@ class Profiling(Table):
 
     enable_profiling: bool = False
     """Record a Chrome trace of one step every `profile_freq` steps."""
-    save_traces_folder: Text = "profile_traces"
+    save_traces_folder: LocalPath = "profile_traces"
     """Folder of the traces, under the run folder."""
     profile_freq: int = Field(10, ge=2)
     """Steps between traces."""
     enable_memory_snapshot: bool = not_yet(False)
     """Dump the CUDA allocator's history."""
-    save_memory_snapshot_folder: Text = "memory_snapshot"
+    save_memory_snapshot_folder: LocalPath = "memory_snapshot"
     """Folder of the memory snapshots, under the run folder."""
 
 
@@ -77,7 +99,7 @@ class Metrics(Table):
     """Write TensorBoard events."""
     disable_color_printing: bool = False
     """Never colour the terminal lines (they are only coloured on a terminal anyway)."""
-    save_tb_folder: Text = "tensorboard"
+    save_tb_folder: LocalPath = "tensorboard"
     """Folder of the TensorBoard events, under the run folder."""
     save_for_all_ranks: bool = not_yet(False)
     """Write metrics on every rank instead of rank 0 only."""
@@ -92,9 +114,9 @@ class Model(Table):
     """Model family."""
     flavor: Text = "debugmodel"
     """Preset: debugmodel, 1B, 3B, 8B, 70B, 405B, minilingua_30m, … (titanling/model/presets.py lists them)."""
-    hf_assets_path: Text | None = None
+    hf_assets_path: LocalPath | None = None
     """Directory of a Hugging Face tokenizer (tokenizer.json), used to sample, check the data and export."""
-    tokenizer_path: Text | None = not_yet(None)
+    tokenizer_path: LocalPath | None = not_yet(None)
     """torchtitan's deprecated tokenizer.model path; use hf_assets_path."""
     converters: Annotated[tuple[Literal["quantize.linear.float8"], ...], BeforeValidator(_as_tuple)] = ()
     """Model converters; "quantize.linear.float8", or "float8" for short, is the one there is."""
@@ -170,7 +192,7 @@ class Training(Table):
     dataset: str | None = None
     """torchtitan's name of a streamed data set, c4 or c4_test: becomes a source of kind "hf" where [data] names no
     text."""
-    dataset_path: str | None = None
+    dataset_path: LocalPath | None = None
     """The data set's own name on the Hub, or folder, instead of that of `dataset`."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences in one forward pass on one data-parallel rank."""
@@ -251,7 +273,7 @@ class Parallelism(Table):
     """Ranks that share each sequence."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """How context-parallel ranks exchange keys and values. "alltoall" (ring attention) is not supported."""
-    plans: Strings = ()
+    plans: LocalPaths = ()
     """Plans of your own, applied beside ours: "path/to/file.py:ClassName" each (docs/parallelism.md)."""
 
     @model_validator(mode="after")
@@ -271,7 +293,7 @@ class Checkpoint(Table):
 
     enable: bool = False
     """Save checkpoints, and resume from the newest one of this run folder."""
-    folder: Text = "checkpoints"
+    folder: LocalPath = "checkpoints"
     """Folder of the checkpoints, under the run folder; or a URL that fsspec knows, such as s3://bucket/run (extra:
     `remote`)."""
     interval: int = Field(500, ge=1)
@@ -291,7 +313,7 @@ class Checkpoint(Table):
     """Compare every file with its hash while loading, each rank its share."""
     fallback: bool = True
     """Go back to the checkpoint before a damaged one, with a warning. false: refuse, and name what is damaged."""
-    initial_load_path: Text | None = None
+    initial_load_path: LocalPath | None = None
     """Where a run without checkpoints of its own starts from: a step-… folder of another run, or a Hugging Face
     directory of a Llama or Qwen3 model."""
     initial_load_model_only: bool = True
@@ -351,7 +373,7 @@ class Compile(Table):
     """"model": each transformer block. "loss" is torchtitan's; ours gains nothing from it."""
     backend: Text = "inductor"
     """Compiler backend."""
-    cache_dir: Text | None = None
+    cache_dir: LocalPath | None = None
     """Folder of the compiled code, kept for the next start; torch's own choice if unset."""
 
 
@@ -422,7 +444,7 @@ class Validation(Table):
     """Validate every `freq` steps and after the last one."""
     dataset: str | None = None
     """torchtitan's name of a streamed dataset. Streaming is not supported yet: data.validation is used instead."""
-    dataset_path: str | None = not_yet(None)
+    dataset_path: LocalPath | None = not_yet(None)
     """torchtitan's path of a streamed dataset. Use data.validation here."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences in one forward pass on one rank."""
@@ -495,7 +517,7 @@ class LanguageFilter(Table):
     library: Literal["py3langid", "lingua", "fasttext"] = "py3langid"
     """What tells it (each an extra of its name): py3langid, small and offline; lingua, slower and better on short
     texts; fasttext, with a model that you give."""
-    model: Text | None = None
+    model: WrittenPath | None = None
     """fasttext's model, such as lid.176.bin or GlotLID's."""
     characters: int = Field(2000, ge=1)
     """How much of a document's beginning is looked at."""
@@ -513,7 +535,7 @@ class BadWordsFilter(Table):
     needs: ClassVar[Needs] = "text"
     kind: Literal["bad_words"]
     """This filter."""
-    path: Text
+    path: WrittenPath
     """List in UTF-8, one word or phrase a line, # begins a comment; "{language}" stands for the source's language."""
     hits: int = Field(5, ge=1)
     """Drop a document in which so many places match. Case does not matter, and only whole words match."""
@@ -553,7 +575,7 @@ class GopherQualityFilter(Table):
     """Least share of words with a letter."""
     min_stop_words: int = Field(2, ge=0)
     """Least number of different stop words; 0: do not look for them."""
-    stop_words: Text | None = None
+    stop_words: WrittenPath | None = None
     """List of them, as bad_words.path. Unset: Gopher's eight English ones, which serve no other language."""
 
     @model_validator(mode="after")
@@ -644,7 +666,7 @@ class DecontaminateFilter(Table):
     needs: ClassVar[Needs] = "text"
     kind: Literal["decontaminate"]
     """This filter."""
-    test_sets: Strings = Field(min_length=1)
+    test_sets: WrittenPaths = Field(min_length=1)
     """Files or globs: .txt, where each line is a test text, or .jsonl, where each string is; also .gz."""
     n: int = Field(13, ge=2, le=64)
     """Words of an n-gram. A shorter test text is looked for as a whole."""
@@ -674,7 +696,7 @@ Filter = Annotated[
 class Prepare(Table):
     """Makes the tokenizer and the token files from text when they do not exist yet."""
 
-    text: Strings = ()
+    text: WrittenPaths = ()
     """Files, folders or globs, or "python-stdlib"; each also as NAME=PATH. .jsonl and .parquet hold a document a line
     or row, other files are a document each, in UTF-8; .gz and .zst are unpacked. Empty: prepare nothing."""
     text_field: Text = "text"
@@ -710,7 +732,7 @@ class Source(Table):
     kind: Literal["tokens", "jsonl", "parquet", "hf"] = "tokens"
     """"tokens": token files. The others are streamed, tokenised by model.hf_assets_path while training reads them: JSON
     Lines (also .gz, .zst), Parquet, or what Hugging Face `datasets` streams (extra: `datasets`)."""
-    paths: Strings = Field(min_length=1)
+    paths: LocalPaths = Field(min_length=1)
     """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]. Of "jsonl" and "parquet", files or
     globs; of "hf", one name on the Hub or folder."""
     subset: Text | None = None
@@ -760,12 +782,12 @@ class Stage(Table):
 class Data(Table):
     """Tokenised text: Megatron .bin/.idx files with a sidecar .json, named by their common prefix."""
 
-    train: Text | None = None
+    train: LocalPath | None = None
     """Prefix of the training files: data/mine/train stands for data/mine/train.bin, .idx and .json. Or a .ds of
     datatrove's, or a .npy of OLMo's."""
-    validation: Text | None = None
+    validation: LocalPath | None = None
     """Prefix of the validation files."""
-    root: Text | None = None
+    root: LocalPath | None = None
     """Folder that relative paths of the sources start from; the working directory if unset."""
     sources: Annotated[tuple[Source, ...], BeforeValidator(_as_tuple)] = ()
     """[[data.sources]], instead of data.train"""

@@ -4,12 +4,12 @@ Each is at its default, or translated, or said to have no effect here, or refuse
 """
 
 import difflib
-import json
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from titanling.errors import UserError
+from titanling.text import shorten, show
 
 
 class NoField(NamedTuple):
@@ -132,7 +132,7 @@ def translate(tree: dict[str, Any], origin: Callable[[str], str], known: Callabl
         # `is`-like comparison of types, so that 0 does not pass for False.
         if any(value == silent and type(value) is type(silent) for silent in key.silent):
             continue
-        shown = f"{origin(dotted)}: {dotted} = {json.dumps(value, ensure_ascii=False, default=str)}"
+        shown = f"{origin(dotted)}: {dotted} = {show(value)}"
         if not key.why:
             raise UserError(f"{shown} is a torchtitan setting that titanling does not support; remove it")
         if not (workers and dotted == "training.dataloader.num_workers"):
@@ -159,14 +159,15 @@ def _remove_tables(tree: dict[str, Any], origin: Callable[[str], str], known: Ca
             continue
         left = inner[name]
         if not isinstance(left, dict):
-            shown = json.dumps(left, ensure_ascii=False, default=str)
+            shown = show(left)
             raise UserError(f"{origin(dotted)}: {dotted} = {shown}: must be a table, [{dotted}]")
         if left:
             key = next(iter(left))
             keys = [each.rpartition(".")[2] for each in NO_FIELDS if each.rpartition(".")[0] == dotted]
             match = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
             hint = f"did you mean {match[0]}?" if match else "remove it"
-            raise UserError(f"{origin(f'{dotted}.{key}')}: unknown key {key} in torchtitan's [{dotted}]; {hint}")
+            file = origin(f"{dotted}.{key}")
+            raise UserError(f"{file}: unknown key {shorten(key)} in torchtitan's [{dotted}]; {hint}")
         del inner[name]
 
 
@@ -203,8 +204,8 @@ def stream_data_set(tree: dict[str, Any], origin: Callable[[str], str]) -> bool:
         return False
     if name not in DATA_SETS:
         raise UserError(
-            f'{origin("training.dataset")}: training.dataset = "{name}" is not known (only {", ".join(DATA_SETS)});'
-            ' remove it, and name the text in [[data.sources]], of kind = "hf" say'
+            f"{origin('training.dataset')}: training.dataset = {show(name)} is not known (only"
+            f' {", ".join(DATA_SETS)}); remove it, and name the text in [[data.sources]], of kind = "hf" say'
         )
     path, subset = DATA_SETS[name]
     path = training.get("dataset_path") or path

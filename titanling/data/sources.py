@@ -175,7 +175,7 @@ def prefixes_of(data: Data, source: Source) -> list[str]:
         return [data.train]
     found: dict[str, None] = {}
     for path in source.paths:
-        pattern = os.path.join(data.root or "", os.path.expanduser(path))
+        pattern = os.path.join(data.root or "", path)
         suffix = "" if pattern.endswith(SUFFIXES) else ".idx"
         if os.path.exists(f"{pattern}{suffix}"):
             found[pattern] = None

@@ -90,7 +90,7 @@ def _checked(text: Any, place: str, field: str) -> str:
 
 
 def _find(root: str | None, name: str, path: str) -> list[str]:
-    pattern = os.path.join(root or "", os.path.expanduser(path))
+    pattern = os.path.join(root or "", path)
     found = [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not found:
         raise UserError(
@@ -141,7 +141,7 @@ class HubFiles:
             import datasets
         except ImportError:
             raise UserError(f'data.sources: "{source.name}": kind = "hf" needs datasets; install it: {EXTRA}') from None
-        local = os.path.join(root or "", os.path.expanduser(source.paths[0]))
+        local = os.path.join(root or "", source.paths[0])
         self._path = local if os.path.isdir(local) else source.paths[0]
         self._source = source
         try:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli
-
+from titanling.config.toml import read_toml
 from titanling.data.prepare.readers import Reading, Span, read_texts
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
+from titanling.paths import expand
 
 # A long document is sampled in pieces of at least so many characters, each ending before white space.
 PIECE = 10_000
@@ -40,7 +40,7 @@ def parse_sources(arguments: Sequence[str]) -> list[Source]:
     sources = []
     for argument in arguments:
         if "=" not in argument and argument.endswith(".toml"):
-            sources += _read_toml(argument)
+            sources += _read_toml(expand(argument))
             continue
         name, equals, path = argument.partition("=")
         if not (name and equals and path):
@@ -161,10 +161,9 @@ def _split_weight(argument: str, path: str) -> tuple[str, float]:
 
 def _read_toml(path: str) -> list[Source]:
     try:
-        tables = tomli.loads(Path(path).read_text(encoding="utf-8")).get("sources")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be read as TOML ({reason}); correct --source") from None
+        tables = read_toml(Path(path)).get("sources")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct --source") from None
     if not isinstance(tables, list) or not tables:
         raise UserError(f"{path}: has no [[sources]]; add one with name, text and weight for each source")
     return [_read_table(path, table) for table in tables]

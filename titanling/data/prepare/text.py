@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titanling.errors import UserError
+from titanling.paths import expand
 
 STDLIB = "python-stdlib"
 # Packages that are not the library's own, caches, and its tests, which not every distribution ships.
@@ -40,7 +41,7 @@ def find_files(sources: Sequence[str]) -> list[TextFile]:
     for source in sources:
         name, path = split_name(source)
         lenient = path == STDLIB
-        paths = _find(os.path.expanduser(path))
+        paths = _find(expand(path))
         if not paths:
             raise UserError(
                 f'data.prepare.text: "{path}" is no file, folder or glob that holds any; correct the path'

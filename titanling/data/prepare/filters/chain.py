@@ -1,7 +1,6 @@
 """Builds filters from their settings, applies them in order, and checks them before any work."""
 
 import hashlib
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from titanling.config.schema import (
@@ -31,6 +30,7 @@ from titanling.data.prepare.filters.ratio import token_word_ratio
 from titanling.data.prepare.filters.repair import fix_text
 from titanling.data.prepare.filters.repetition import gopher_repetition
 from titanling.errors import UserError
+from titanling.paths import expand
 
 Apply = Callable[[str], str | None]
 LANGUAGE_PACKAGES = {
@@ -167,4 +167,4 @@ def _facts(setting: Filter, languages: Sequence[str | None]) -> Iterator[str]:
         case LanguageFilter():
             yield extra_version(*LANGUAGE_PACKAGES[setting.library])
             if setting.model is not None:
-                yield file_sha256(os.path.expanduser(setting.model))
+                yield file_sha256(expand(setting.model))

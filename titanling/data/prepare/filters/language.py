@@ -8,6 +8,7 @@ from typing import Any
 from titanling.config.schema import LanguageFilter
 from titanling.data.prepare.filters.extras import import_extra
 from titanling.errors import UserError
+from titanling.paths import expand
 
 Score = Callable[[str], float]
 
@@ -54,7 +55,7 @@ def _lingua(settings: LanguageFilter, code: str) -> Score:
 def _fasttext(settings: LanguageFilter, code: str) -> Score:
     import_extra("fasttext", "fasttext", _who(settings))
     try:
-        path = os.path.expanduser(str(settings.model))
+        path = expand(str(settings.model))
         status = os.stat(path)
         model = _model(path, (status.st_mtime_ns, status.st_size))
     except (ValueError, OSError) as error:

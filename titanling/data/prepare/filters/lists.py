@@ -12,6 +12,7 @@ from typing import Any
 
 from titanling.data.unpack import Unreadable, open_unpacked
 from titanling.errors import UserError
+from titanling.paths import expand
 
 _WORD = re.compile(r"\w+")
 
@@ -29,7 +30,7 @@ def list_path(path: str, language: str | None) -> str:
                 f"data.prepare.filters: {path} asks for the language, which is not known; set data.prepare.language"
             )
         path = path.replace("{language}", language)
-    path = os.path.expanduser(path)
+    path = expand(path)
     if not os.path.isfile(path):
         of = "" if language is None else f" (language {language})"
         raise UserError(f"data.prepare.filters: {path}: no such list{of}; add the file or correct the path")
@@ -58,7 +59,7 @@ def find_test_sets(patterns: Sequence[str]) -> list[str]:
     """Files of `test_sets`, sorted within each. Raises `UserError` for one that finds none or another kind of file."""
     found = []
     for pattern in patterns:
-        paths = sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+        paths = sorted(path for path in glob.glob(expand(pattern), recursive=True) if os.path.isfile(path))
         if not paths:
             raise UserError(f'data.prepare.filters: test_sets: "{pattern}" finds no file; correct the path')
         for path in paths:
