@@ -84,7 +84,7 @@ _NAMES = {
     "[quantize.linear.float8]": "float8",
     "data.workers": "num_workers dataloader_num_workers",
     _MASK: "eod_mask_loss reset_attention_mask reset_position_ids",
-    "--config FILE": "c config_file config_path cfg conf job.config",
+    "--config FILE": "c config config_file config_path cfg conf",
 }
 _HINTS = {name: here for here, names in _NAMES.items() for name in names.split()}
 

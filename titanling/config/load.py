@@ -127,8 +127,9 @@ def _elsewhere(key: str, table: str = "") -> str:
     for dotted in (plain, f"{table}.{plain}"):
         if is_key(dotted):
             return f"; did you mean {dotted}?"
-    homes = [name for name, found in known_tables().items() if plain in found.model_fields and not is_repeated(name)]
-    found = " or ".join(f"{home}.{plain}" for home in homes) or name_here(key)
+    last = plain.rpartition(".")[2]
+    homes = [name for name, found in known_tables().items() if last in found.model_fields and not is_repeated(name)]
+    found = " or ".join(f"{home}.{last}" for home in homes) or name_here(key)
     return f"; here it is {found}" if found else ""
 
 
