@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Split
 
+from titanling.data.prepare.bpe import train_bpe
 from titanling.data.prepare.tokenizer import save_tokenizer, vocabulary_size
 from titanling.errors import UserError
 
@@ -118,7 +119,7 @@ def _train_byte_level(texts: Iterable[str], vocab_size: int, special: list[str],
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    train_bpe(tokenizer, texts, trainer)
     return tokenizer
 
 
@@ -133,7 +134,7 @@ def _train_byte_fallback(texts: Iterable[str], vocab_size: int, special: list[st
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - own, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
     )
-    trained.train_from_iterator(texts, trainer)
+    train_bpe(trained, texts, trainer)
     model = json.loads(trained.to_str())["model"]
     # The byte tokens enter behind the special ones. A learned token cannot be named as one of them: a word that has
     # "<" and digits is none.
