@@ -8,7 +8,8 @@
 # CONFIG_FILE  TOML of the run (default train_configs/debug.toml of this project)
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: several nodes; under Slurm's srun, one task per node, they are found by themselves
 #
-# Output goes to the folder it is called from. Exit codes: 0 done, 2 input to mend, 1 a bug, 128 + n ended by signal n.
+# Output goes to the folder it is called from. Exit codes: 0 done, 2 input to mend, 3 failed numerically, 75 stopped by a
+# signal after saving, 1 a bug or a lost rank, 128 + n ended by signal n.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=scripts/setup_env.sh

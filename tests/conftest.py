@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import fcntl
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,21 @@ settings.load_profile("patient")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """A tiny tokenised data set, made once. Tests that damage it must copy it first (`copy_data`)."""
     return make_tiny_data(tmp_path_factory.mktemp("tiny_data") / "data")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int | None]:
+    """`python -m titanling.train` with some arguments in this process, whose signals stay its own: the exit code."""
+    from titanling.stop import StopRequest
+    from titanling.train import main
+
+    monkeypatch.setattr(StopRequest, "install", lambda self: None)
+
+    def run(*words: object) -> int | None:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, words)])
+        return main()
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""The one exception type that means: the user can mend this."""
+"""The one exception type that means: the user can mend this. And the exit code of what came to nothing."""
+
+FAILED_NUMERICALLY = 3
+"""Exit code of a run whose steps update nothing any more: the same command would do the same."""
 
 
 class UserError(Exception):

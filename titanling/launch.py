@@ -30,13 +30,14 @@ from pathlib import Path
 from types import FrameType
 
 from titanling.cli import run
-from titanling.errors import UserError
+from titanling.errors import FAILED_NUMERICALLY, UserError
 from titanling.ranks import Topology, topology
 
 GRACE_SECONDS = 0.75
 """How long the other processes may take to end after one has failed: they usually hang in a collective with it, and
 a save that they have under way can never be whole."""
 POLL_SECONDS = 0.02
+UNHURRIED = (None, os.EX_TEMPFAIL, FAILED_NUMERICALLY)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # Below Linux's range of ephemeral ports, so that no outgoing connection takes the port before rank 0 listens on it.
 PORTS = range(15000, 32000)
@@ -93,14 +94,14 @@ class Group:
     def wait(self) -> int:
         """Wait for all; return 0, or the code of the first to fail (128 + n if signal n killed it).
 
-        75 (EX_TEMPFAIL) is for a program that stopped after saving: the others are about to end as well and may still
-        be writing, so nobody is hurried. After any other failure they have GRACE_SECONDS to end by themselves; if a
-        signal was the reason, none, for they could only say once more, and later, what we have said.
+        75 (EX_TEMPFAIL) and 3 are for a program that ended after saving: the others are about to end as well and may
+        still be writing, so nobody is hurried. After any other failure they have GRACE_SECONDS to end by themselves; if
+        a signal was the reason, none, for they could only say once more, and later, what we have said.
         """
         first_failure: int | None = None
         deadline = float("inf")
         while None in [process.poll() for process in self._processes]:
-            if first_failure is None and (first_failure := self._failure()) not in (None, os.EX_TEMPFAIL):
+            if first_failure is None and (first_failure := self._failure()) not in UNHURRIED:
                 deadline = time.monotonic() + (0 if first_failure < 0 and not self._stops else GRACE_SECONDS)
             if time.monotonic() >= deadline:
                 self._send(signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Whether a layout trains as one process does: both take the same steps side by side, in float32 and without dropout.
+"""Whether a layout trains as one process does: both take the same steps, each from equal weights, in float32.
 
-Every rank also runs the whole model by itself, so the model must fit into one device: shrink one that does not
-(`--model.n_layers 4`). What is compared is the layout with its recomputation and its compiler against neither.
+Without dropout. Every rank also runs the whole model by itself, so the model must fit into one device: shrink one that
+does not (`--model.n_layers 4`). What is compared is the layout with its recomputation and its compiler against neither.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from titanling.config.schema import ActivationCheckpoint, Compile, Parallelism
 from titanling.errors import UserError
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees
+from titanling.parallel.weights import local_part
 from titanling.train import check
 from titanling.trainer import Trainer
 
@@ -110,7 +111,8 @@ def single(config: Config, shape: LlamaShape, sequences: int, folder: str) -> Tr
 
 
 def compare_step(layout: Trainer, alone: Trainer) -> Difference:
-    """Let both take a step, and compare their losses, norms and clipped gradients. All ranks together."""
+    """Let both take a step from equal weights, and compare losses, norms and clipped gradients. All ranks together."""
+    take_weights(layout, alone)
     expected: dict[str, Tensor] = {}
     worst: list[tuple[float, str]] = []
 
@@ -129,6 +131,21 @@ def compare_step(layout: Trainer, alone: Trainer) -> Difference:
     error, parameter = max(layout.world.gather(worst[0]), key=lambda found: (math.isnan(found[0]), found[0]))
     norm_error = abs(norm.item() / reference_norm.item() - 1)
     return Difference(loss, abs(loss - reference.item()), norm.item(), norm_error, error, parameter)
+
+
+def take_weights(layout: Trainer, alone: Trainer) -> None:
+    """Give the layout the weights of the one process.
+
+    Adam divides by the size of each gradient: where that is next to nothing, its rounding decides where a weight goes,
+    and after a step the weights of equal layouts are not equal.
+    """
+    weights = dict(alone.runner.named_parameters())
+    for name, parameter in layout.runner.named_parameters():
+        part, offsets = local_part(parameter)
+        whole = weights[name].detach()
+        for dim, (offset, size) in enumerate(zip(offsets, part.shape, strict=True)):
+            whole = whole.narrow(dim, min(offset, whole.size(dim)), size)
+        part.copy_(whole)
 
 
 def worst_gradient(layout: Trainer, expected: dict[str, Tensor]) -> tuple[float, str]:

@@ -12,12 +12,10 @@ def lr_factor(settings: LRScheduler, training_steps: int, completed: int) -> flo
     its end, that reaches `min_lr_factor` exactly when the run ends (WSD: Hu et al. 2024, MiniCPM). decay_ratio unset
     decays right after the warm-up; 0 never decays.
     """
-    total = settings.total_steps or training_steps
     if completed < settings.warmup_steps:
         return (completed + 1) / settings.warmup_steps
-    after_warmup = max(0, total - settings.warmup_steps)
-    decay = after_warmup if settings.decay_ratio is None else min(after_warmup, round(total * settings.decay_ratio))
-    into_decay = completed - (total - decay)
+    decay = decay_steps(settings, training_steps)
+    into_decay = completed - ((settings.total_steps or training_steps) - decay)
     if decay == 0 or into_decay <= 0:
         return 1.0
     progress = min(1.0, into_decay / decay)
@@ -27,3 +25,18 @@ def lr_factor(settings: LRScheduler, training_steps: int, completed: int) -> flo
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
     }[settings.decay_type]
     return settings.min_lr_factor + (1 - settings.min_lr_factor) * shape
+
+
+def decay_steps(settings: LRScheduler, training_steps: int) -> int:
+    """How many steps the decay takes, at the end of the schedule; 0: there is none."""
+    total = settings.total_steps or training_steps
+    after_warmup = max(0, total - settings.warmup_steps)
+    return after_warmup if settings.decay_ratio is None else min(after_warmup, round(total * settings.decay_ratio))
+
+
+def trunk_end(settings: LRScheduler, training_steps: int) -> int | None:
+    """The last step of the constant part, which a longer run would go on from (WSD's trunk); None: there is none."""
+    decay = decay_steps(settings, training_steps)
+    end = (settings.total_steps or training_steps) - decay
+    falls = decay > 0 and settings.min_lr_factor < 1
+    return end if falls and settings.warmup_steps < end < training_steps else None

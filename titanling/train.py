@@ -25,18 +25,19 @@ from titanling.config.arguments import parse_arguments
 from titanling.config.check import check_runnable, errors_name_the_file
 from titanling.config.load import dump_toml
 from titanling.config.reference import help_text
+from titanling.data.held_out import check_targets
 from titanling.data.indexed import file_sha256
 from titanling.data.prepare.run import prepare
 from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
 from titanling.data.token_files import check_files, is_foreign
-from titanling.errors import UserError
+from titanling.errors import FAILED_NUMERICALLY, UserError
 from titanling.model.presets import LlamaShape
 from titanling.owner import Owner
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
 from titanling.planner.command import plan
 from titanling.ranks import is_first, planned, refuse_unlaunched, this_process
 from titanling.stop import StopRequest
-from titanling.summary import stopped_summary, summary
+from titanling.summary import End, failed_summary, stopped_summary, summary
 from titanling.text import escape_controls
 
 if TYPE_CHECKING:
@@ -67,13 +68,16 @@ def main() -> int | None:
             cli.warn(loaded.remarks)
             stop = StopRequest(owner.release)
             stop.install()
-            losses, steps = _run(config, shape, degrees, stop, owner)
+            end = _run(config, shape, degrees, stop, owner)
     finally:
         owner.release()
-    finished = steps >= config.training.steps
+    finished = end.steps >= config.training.steps
     if is_first():
-        text = summary if finished else stopped_summary
-        print(escape_controls(text(arguments.config, arguments.overrides, config, steps, losses)))
+        text = failed_summary if end.failure else summary if finished else stopped_summary
+        said = escape_controls(text(arguments.config, arguments.overrides, config, end))
+        print(said, file=sys.stderr if end.failure else sys.stdout, flush=True)
+    if end.failure:
+        return FAILED_NUMERICALLY
     if finished:
         return 0
     # Saved: the same command goes on. Without checkpoints, it is as if the signal had ended it.
@@ -105,10 +109,8 @@ def check(config: Config, owner: Owner | None = None) -> tuple[LlamaShape, Degre
     return shape, degrees
 
 
-def _run(
-    config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest, owner: Owner
-) -> tuple[dict[str, float], int]:
-    """Train; the last losses by name, and the step that the run has reached."""
+def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest, owner: Owner) -> End:
+    """Train; how it has ended."""
     # Where a rank is lost, torch's own warnings are pages of stack frames around what we say in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from titanling.trainer import Trainer  # torch takes seconds to import: only now
@@ -120,9 +122,7 @@ def _run(
             # Only now: a run that is refused, because its checkpoint differs say, leaves the earlier config.
             _save_config(config)
         if trainer.step >= config.training.steps:
-            trainer.metrics.info(
-                f"this run is complete at step {trainer.step}; extend it with --training.steps {2 * trainer.step}"
-            )
+            trainer.metrics.info(f"this run is complete at step {trainer.step}; how to go on is said below")
         losses = trainer.train()
         trainer.close()
     except RuntimeError as error:
@@ -133,7 +133,7 @@ def _run(
             trainer.metrics.close()  # but do not wait for the other ranks, which may never come
             trainer.world.leave()
         raise
-    return losses, trainer.step
+    return End(trainer.step, losses, trainer.outcomes.skipped, trainer.outcomes.empty, trainer.failure)
 
 
 def _end_at_once(error: RuntimeError, trainer: "Trainer | None", config: Config) -> NoReturn:
@@ -239,8 +239,11 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
     if validation.enable:
         assert data.validation is not None  # check_runnable saw to it
         tokens = check_files(data.validation, data, shape.vocab_size, expected).tokens
-        key = "validation.seq_len" if validation.seq_len else "training.seq_len"
-        check_length(data.validation, tokens, key, validation.seq_len or training.seq_len)
+        key, seq_len = "validation.seq_len", validation.seq_len
+        if seq_len is None:
+            key, seq_len = "training.seq_len", training.seq_len
+        check_length(data.validation, tokens, key, seq_len)
+        check_targets(data.validation, data, validation, seq_len)
 
 
 if __name__ == "__main__":

@@ -13,34 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanling import __version__
+from titanling.bfloat16 import stuck
 from titanling.checkpoint.checkpointer import Checkpointer
 from titanling.checkpoint.initial import load_initial
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
 from titanling.data.audit import AuditLog
 from titanling.data.documents import separate_documents
-from titanling.data.loader import cut_rows, validation_batches
+from titanling.data.loader import cut_rows
 from titanling.data.prepare.tokenizer import load_tokenizer
-from titanling.data.token_files import facts, open_files
 from titanling.data.training_text import open_training_text
+from titanling.doubts import doubts, lr_jump
 from titanling.errors import UserError
+from titanling.introduction import introduction
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
 from titanling.model.generate import generate
 from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
-from titanling.optim import LossScaler, build_optimizer, clip_and_step, optimizer_state
+from titanling.optim import LossScaler, clip_and_step, make_optimizer, optimizer_state
+from titanling.outcomes import Outcomes
 from titanling.owner import Owner
 from titanling.parallel.compile import uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps, sequences_per_step
 from titanling.parallel.lay_out import build_plans, lay_out
 from titanling.parallel.mesh import limit_collectives, local_device, start_world, stop_world
 from titanling.parallel.plan import active
-from titanling.parallel.runner import Batch
+from titanling.parallel.runner import to_device
 from titanling.parallel.weights import global_norm
-from titanling.schedule import lr_factor
+from titanling.schedule import lr_factor, trunk_end
 from titanling.stop import StopRequest
+from titanling.summary import Failure
+from titanling.validation import HeldOut
 
 
 class Trainer:
@@ -79,31 +83,37 @@ class Trainer:
         self.world = start_world(degrees, config.comm, device)
         self.accumulation = accumulation_steps(config.training, degrees.dp)
         self.sequences = sequences_per_step(config.training, degrees.dp)
+        self._to_device = partial(to_device, device=self.world.device)
         self.step = self.tokens_seen = 0
         self.losses: dict[str, float] = {}
         self.best: dict[str, float] | None = None  # step and val_loss of the best validation
-        self.skipped_steps = torch.zeros((), device=self.world.device)
+        self.trunk_end = trunk_end(config.lr_scheduler, config.training.steps)
+        self.trunk_ends = {self.trunk_end} - {None}  # checkpoints that stay, for longer runs go on from them
+        self.failure: Failure | None = None
         with self.world.naming_the_lost():
             self._build_model()
             self._build_data()
             self._build_metrics()
             say, warn = self.metrics.info, self.metrics.warn
+            self.outcomes = Outcomes(warn, self.scaler.enabled)
             self.checkpointer = Checkpointer(config.checkpoint, self.run_folder, self.world, say, warn)
             self._describe()
             self._resume()
+            for line in (*doubts(config), *stuck(self.runner.named_parameters(), config, self.world)):
+                warn(line)
+            self.put_off = False  # whether a save waits for the next step that updates
 
     def _build_model(self) -> None:
         training = self.config.training
         model = build_on_meta(self.shape, getattr(torch, training.dtype))
         self.runner = lay_out(model, self.plans, self.shape, self.world)
         self.runner.initialize(self.config.debug.seed)
-        parameters = [parameter for _, parameter in self.runner.named_parameters()]
-        self.optimizer = build_optimizer(parameters, self.config.optimizer)
+        self.optimizer = make_optimizer(self.runner.named_parameters(), self.config.optimizer, self.config.debug.seed)
         self.scaler = LossScaler(training.mixed_precision_param == "float16", self.runner.state_device)
 
     def _build_data(self) -> None:
         config, data, world = self.config, self.config.data, self.world
-        assets, validation = config.model.hf_assets_path, data.validation
+        assets = config.model.hf_assets_path
         self.text = open_training_text(
             data,
             config.training,
@@ -120,13 +130,9 @@ class Trainer:
         self.audit: AuditLog | None = None
         if data.audit_log and self.text.source is not None and not any(same):
             self.audit = AuditLog(self.run_folder, self.text.source, world.dp_rank, world.degrees.dp)
-        masked = data.document_mask != "none"
-        self.eod_id = self.text.eod_id if masked else None  # None: documents are not told apart
-        if config.validation.enable and validation is not None:
-            self.validation_set = open_files(validation, data)
-            held_out = facts(validation, data)
-            self.validation_eod_id = held_out.eod_id if masked else None
-            self.bytes_per_token = held_out.utf8_bytes / held_out.tokens if held_out.utf8_bytes is not None else None
+        self.eod_id = self.text.eod_id if data.document_mask != "none" else None  # None: documents are not told apart
+        if config.validation.enable:
+            self.held_out = HeldOut(config.validation, data, config.training.seq_len)
         self.tokenizer = load_tokenizer(assets) if config.sampling.freq and assets else None
 
     def _build_metrics(self) -> None:
@@ -146,21 +152,10 @@ class Trainer:
         )
 
     def _describe(self) -> None:
-        shape, training, world = self.shape, self.config.training, self.world
-        say = self.metrics.info
-        say(f"titanling {__version__}, torch {torch.__version__}: {self.config.job.description}")
-        tied = ", tied embeddings" if shape.tie_embeddings else ""
-        say(f"model: {shape.total_params:,} parameters, {shape.non_embedding_params:,} non-embedding{tied}")
-        tokens = self.sequences * training.seq_len
-        say(
-            f"batch: {self.sequences} × {training.seq_len} = {tokens:,} tokens a step, {self.accumulation} micro-batch"
-            f"{'es' if self.accumulation > 1 else ''} on each of {world.size} process{'es' if world.size > 1 else ''}"
-        )
-        for line in self.text.lines:
-            say(line)
-        say(f"device: {world.device.type}")
-        for plan in active(self.plans, world):
-            say(f"{plan.name}: {plan.describe()}")
+        plans = [f"{plan.name}: {plan.describe()}" for plan in active(self.plans, self.world)]
+        sizes = self.sequences, self.accumulation, self.world.size, self.world.device.type
+        for line in introduction(self.config, self.shape, *sizes, self.text.lines, plans):
+            self.metrics.info(line)
 
     def _resume(self) -> None:
         """Go on from the run's own newest checkpoint, else start from initial_load_path, else from nothing."""
@@ -178,8 +173,12 @@ class Trainer:
         else:
             state = restored.state
             self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-            self.skipped_steps.fill_(state["skipped_steps"])
+            self.outcomes.load(state)
             self.best, self.interrupted = state["best"], state["interrupted"]
+            self.trunk_ends |= set(state.get("trunk_ends", ()))
+            jump = lr_jump(state["config"], self.config, self.step)
+            if jump is not None:
+                self.metrics.warn(jump)
             try:
                 self.scaler.load(state["scaler"])
                 self.text.go_on(state["loader"], self.world.dp_rank)
@@ -197,23 +196,23 @@ class Trainer:
         """Run to training.steps: train, and where due log, validate, sample and save. Returns the last losses.
 
         Ends earlier, after a save, and sets `stopped` if the stop request of any rank says so. Raises UserError if the
-        last save has failed.
+        last save has failed. Sets `failure`, too after a save, if too many steps in a row have updated nothing.
         """
         config = self.config
         self.throughput = Throughput(torch.cuda.synchronize if self.world.device.type == "cuda" else None)
         gc.disable()  # a collection that strikes ranks at different steps makes them wait for each other
         with self.world.naming_the_lost():
-            (self.stopped,) = self.world.any(self.stop.requested)
-            if self.interrupted and not self.stopped:
+            if not self._asked_to_stop() and self.interrupted:
                 self._make_up()
             with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
                 self._take_steps(profiler.step)
             self.checkpointer.finish()
+            self._judge()
         return self.losses
 
     def _take_steps(self, tell_profiler: Callable[[], None]) -> None:
         config, start = self.config, self.step
-        while self.step < config.training.steps and not self.stopped:
+        while self.step < config.training.steps and not self.stopped and not self.failure:
             loss, grad_norm, lr = self.train_step()
             if self.step == start + 1:  # compiled, connected: from now on, who is late is lost
                 limit_collectives(self.world, config.comm.train_timeout_seconds)
@@ -226,15 +225,31 @@ class Trainer:
 
     def _between_steps(self, last: bool) -> None:
         self.checkpointer.poll()
-        self.stopped, overdue, lost = self.world.any(self.stop.requested, self.checkpointer.overdue(), self.owner.lost)
+        self.outcomes.poll()
+        hopeless = 0 < self.config.training.max_skipped_in_a_row <= self.outcomes.in_a_row
+        asked = self.stop.requested, self.checkpointer.overdue(), self.owner.lost, hopeless
+        self.stopped, overdue, lost, hopeless = self.world.any(*asked)
         if lost:
             self.owner.check(self.world.gather)
         best = self._look(last)
-        if self.checkpointer.due(self.step, last, overdue or self.stopped or best):
-            with self.throughput.paused():
-                self.save(last)
+        if hopeless:
+            self._judge()
+        ending = bool(last or self.stopped or self.failure)
+        kept = best or self.step == self.trunk_end  # of this very step
+        if self.checkpointer.due(self.step, last, overdue or ending or kept or self.put_off):
+            # Saves of a run that learns nothing must not take the room of those from before.
+            self.put_off = self.outcomes.settle().in_a_row > 0 and not ending and not kept
+            if not self.put_off:
+                with self.throughput.paused():
+                    self.save(last)
         if self.step % self.config.training.gc_freq == 0:
             gc.collect(1)
+
+    def _judge(self) -> None:
+        """Has the run come to nothing? Then `failure` says so."""
+        found = self.outcomes.settle().failure(self.step, self.config.training)
+        if found is not None and not self.stopped:
+            self.failure = found._replace(older=self.checkpointer.before(found.first - 1))
 
     def _look(self, last: bool) -> bool:
         """Validate and sample where due, unless stopped. Whether that made this the best step, to be kept."""
@@ -267,58 +282,49 @@ class Trainer:
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_scheduler, training.steps, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, "step": self.step}
         if self.shape.dropout:
             # A function of (seed, step, rank): dropout needs no random state in the checkpoint.
             seed = (self.config.debug.seed + self.step * 1_000_003) * self.world.size + self.world.rank
             torch.manual_seed(seed % 2**63)
+        first = self.tokens_seen // training.seq_len  # of the run's samples
         sample = 0 if self.audit is None else self.text.loader.dataset.samples
         micro_batches = self.text.read(self.batches, self.accumulation, self.world.gather)
         if self.audit is not None:
             self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in micro_batches])
-        cut = self.text.mixture.seq_len_at(self.tokens_seen // training.seq_len)
+        cut = self.text.mixture.seq_len_at(first)
         self.seq_len = cut or training.seq_len
         read = [separate_documents(cut_rows(batch, cut), self.eod_id) for batch in micro_batches]
         batches = list(map(self._to_device, read))
         valid = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in batches]).sum()
         # Ranks that share their sequences count the same ones. Integers: exact whatever their number.
         targets = self.world.sum_(valid) // (self.world.size // self.world.degrees.dp)
-        loss = self.runner.forward_backward(batches, targets, self.scaler.scale)
-        grad_norm, found_inf = clip_and_step(
-            self.optimizer, training.max_norm, self.scaler, lambda gradients: global_norm(gradients, self.world)
-        )
+        loss = self.runner.forward_backward(batches, targets.clamp(min=1), self.scaler.scale)
+        norm = partial(global_norm, world=self.world, loss=loss)
+        grad_norm, found_inf = clip_and_step(self.optimizer, training.max_norm, self.scaler, norm, targets == 0)
         self.optimizer.zero_grad()
-        self.skipped_steps += found_inf
         self.step += 1
+        which = "" if self.text.source is None else f" (sequences {first} to {first + self.sequences - 1})"
+        self.outcomes.count(self.step, which, found_inf, targets == 0)
         self.tokens_seen += self.sequences * training.seq_len
         return loss, grad_norm, lr
 
     def evaluate(self) -> None:
         """Mean loss in nats per token over the validation set, which is the same at any world size."""
-        settings, training, start = self.config.validation, self.config.training, time.perf_counter()
-        world = self.world
-        totals = torch.zeros(2, device=self.world.device, dtype=torch.float64)
-        seq_len = settings.seq_len or training.seq_len
-        batches = validation_batches(
-            self.validation_set, seq_len, settings.local_batch_size, settings.steps, world.dp_rank, world.degrees.dp
-        )
-        batches = (separate_documents(batch, self.validation_eod_id) for batch in batches)
-        alike = world.size // world.degrees.dp  # ranks that share their sequences
-        with self.runner.evaluation():
-            for batch in map(self._to_device, batches):
-                (self.stopped,) = self.world.any(self.stop.requested)
-                if self.stopped:  # the time that is left belongs to the checkpoint
-                    return
-                totals[0] += self.runner.loss_sum(batch)
-                totals[1] += (batch["labels"] != IGNORE_INDEX).sum() / alike
-        loss_sum, tokens = self.world.sum_(totals).tolist()
-        loss = self.losses["validation loss"] = loss_sum / tokens
-        if math.isfinite(loss) and (self.best is None or loss < self.best["val_loss"]):
+        start = time.perf_counter()
+        loss = self.held_out.mean_loss(self.runner, self.world, self._to_device, self._asked_to_stop)
+        if loss is None:  # the time that is left belongs to the checkpoint
+            return
+        self.losses["validation loss"] = loss
+        if not math.isfinite(loss):
+            self.metrics.warn(f"the validation loss after step {self.step} is {loss}, which is never the best")
+        elif self.best is None or loss < self.best["val_loss"]:
             self.best = {"step": self.step, "val_loss": loss}
-        row = {"step": self.step, "val_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if self.bytes_per_token is not None:  # unknown of the files of others
-            row["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
-        self.metrics.log_validation(row | {"seconds": time.perf_counter() - start})
+        self.metrics.log_validation(self.held_out.row(self.step, loss) | {"seconds": time.perf_counter() - start})
+
+    def _asked_to_stop(self) -> bool:
+        (self.stopped,) = self.world.any(self.stop.requested)
+        return self.stopped
 
     def sample(self) -> None:
         """Print a continuation of each prompt."""
@@ -345,8 +351,9 @@ class Trainer:
             "format": 1,
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "skipped_steps": self.skipped_steps.item(),
+            **self.outcomes.state(),
             "best": self.best,
+            "trunk_ends": sorted(step for step in self.trunk_ends if step <= self.step),
             "interrupted": self.stopped,
             "scaler": self.scaler.state(),
             "loader": self.text.state(world.gather, world.dp_rank),
@@ -372,14 +379,17 @@ class Trainer:
             stop_world(self.world)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        mean_loss = self.losses["training loss"] = self.world.sum_(loss).item()
+        mean_loss, outcomes = self.world.sum_(loss).item(), self.outcomes.settle()
+        if outcomes.last != "empty":
+            self.losses["training loss"] = mean_loss
         row: dict[str, float | int] = {
             "step": self.step,
             "loss": mean_loss,
             "grad_norm": grad_norm.item(),
             "lr": lr,
             "tokens_seen": self.tokens_seen,
-            "skipped_steps": int(self.skipped_steps.item()),
+            "skipped_steps": outcomes.skipped,
+            "empty_steps": outcomes.empty,
             "memory_bytes": device_memory(self.world.device.type).peak,
         }
         rate = self.throughput.read()
@@ -392,9 +402,3 @@ class Trainer:
         if self.scaler.enabled:
             row["loss_scale"] = self.scaler.scale.item()
         self.metrics.log_step(row)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.world.device
-        if device.type == "cuda":  # only from pinned memory does a copy not make the host wait
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

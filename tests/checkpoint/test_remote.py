@@ -15,7 +15,7 @@ from titanling.checkpoint.compare import compare
 from titanling.checkpoint.inventory import find_root, prune, take_stock, verify
 from titanling.config import Config
 from titanling.errors import UserError
-from titanling.summary import summary
+from titanling.summary import End, summary
 
 pytest.importorskip("upath")
 CHANGES: dict[str, Any] = {"training.steps": 6, "checkpoint.interval": 2, "checkpoint.keep_latest_k": 2}
@@ -233,7 +233,7 @@ def test_last_words_name_the_url_and_go_on(tmp_path: Path, tiny_data: TinyData) 
     for dotted, value in tiny_settings(tmp_path, tiny_data, {"checkpoint.folder": "s3://bucket/run/"}).items():
         table, key = dotted.split(".")
         settings.setdefault(table, {})[key] = value
-    said = summary("run.toml", {"checkpoint.load_step": 2}, Config(**settings), 4, {})
+    said = summary("run.toml", {"checkpoint.load_step": 2}, Config(**settings), End(4, {}))
     assert "load_step" not in said  # to go on is not to go back once more
     assert "checkpoint   s3://bucket/run/step-000004\n" in said
     assert "--checkpoint s3://bucket/run/step-000004 --prompt" in said

@@ -16,7 +16,7 @@ from unittest import mock
 import table
 import torch
 from helpers import TinyData
-from runs import differing, gather_any, live_tensors
+from runs import differing, full, gather_any, live_tensors
 from saving import CHAIN, checkpoints, failed_save, resume_chain
 from suite import RANK, WITHOUT_CHECKPOINTS, WORLD, Suite, alone
 from table import MODELS, Case, Settings, mesh, pipeline
@@ -24,9 +24,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from titanling import cli
+from titanling.bfloat16 import places, random_bits, random_keys
+from titanling.loss import IGNORE_INDEX
 from titanling.model.generate import generate
 from titanling.parallel.compile import uncompiled
 from titanling.parallel.kernels import EXCHANGED, KernelChoice
+from titanling.parallel.runner import Batch
+from titanling.parallel.weights import local_part
 from titanling.trainer import Trainer
 
 PROMPT, NEW_TOKENS = [5, 31, 7], 12
@@ -79,17 +83,75 @@ def non_finite(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[st
         if RANK == WORLD - 1:
             trainer.runner.loss = lambda given, *rest: loss(poisoned(given), *rest)
         trainer.train_step()
-        after, skipped, trainer.runner.loss = live_tensors(trainer), trainer.skipped_steps.item(), loss
+        after, skipped, trainer.runner.loss = live_tensors(trainer), trainer.outcomes.settle().skipped, loss
         factor = trainer.scaler.scale.item() / scale
         trainer.train_step()
         result = {
             "differing": differing(before, after),
             "differing_after_next": len(differing(after, live_tensors(trainer))),
             "tensors": len(after),
-            "skipped": [skipped, trainer.skipped_steps.item()],
+            "skipped": [skipped, trainer.outcomes.settle().skipped],
             "scale_factor": factor,
         }
         return {f"{name}, {dtype}": gather_any(trainer, result)}
+
+
+def empty_steps(suite: Suite, name: str, layout: Settings, dtype: str) -> dict[str, Any]:
+    """A step whose sequences have no label, on every rank or on all data-parallel ranks but the first."""
+    settings = {"training.mixed_precision_param": dtype, "training.local_batch_size": 4}
+    with suite.trainer(WITHOUT_CHECKPOINTS, MODELS["untied"], settings, layout) as trainer:
+        move = trainer._to_device
+
+        def without_labels(batch: Batch) -> Batch:
+            return move(batch | {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)})
+
+        trainer.train_step()
+        before, scale = live_tensors(trainer), trainer.scaler.state()
+        trainer._to_device = without_labels
+        loss, _, _ = trainer.train_step()
+        result = {
+            "differing": differing(before, live_tensors(trainer)),
+            "scale": trainer.scaler.state() == scale,
+            "losses": [trainer.world.sum_(loss.clone()).item()],
+        }
+        if trainer.world.dp_rank == 0:
+            trainer._to_device = move
+        loss, _, _ = trainer.train_step()
+        result["losses"].append(trainer.world.sum_(loss.clone()).item())
+        result["differing_after_next"] = len(differing(before, live_tensors(trainer)))
+        result["tensors"] = len(before)
+        outcomes = trainer.outcomes.settle()
+        result["counts"] = [outcomes.empty, outcomes.skipped, outcomes.in_a_row]
+        return {f"{name}, {dtype}": gather_any(trainer, result)}
+
+
+def stochastic(suite: Suite, name: str, model: str, layout: Settings) -> dict[str, Any]:
+    """Stochastic rounding: the bits of each part against the whole's, a step, and one that is not finite."""
+    torch.backends.cpu.get_cpu_capability = lambda: "AVX512"  # or bfloat16 would not be computed
+    kinds = {"training.dtype": "bfloat16", "training.mixed_precision_param": "bfloat16"}
+    settings = kinds | {"optimizer.stochastic_rounding": True, "training.local_batch_size": 4}
+    with suite.trainer(WITHOUT_CHECKPOINTS, MODELS[model], settings, layout) as trainer:
+        wrong = []
+        for parameter_name, parameter in trainer.runner.named_parameters():
+            keys, held = random_keys(1, 2, parameter_name), torch.zeros_like(parameter, dtype=torch.int64)
+            own, offsets = local_part(held)
+            own.copy_(random_bits(places(own.shape, offsets, parameter.shape, own.device), keys))
+            whole = random_bits(places(parameter.shape, [0] * parameter.ndim, parameter.shape, own.device), keys)
+            if not torch.equal(full(held), whole):
+                wrong.append(parameter_name)
+        start = live_tensors(trainer)
+        trainer.train_step()
+        before = live_tensors(trainer)
+        loss = trainer.runner.loss
+        trainer.runner.loss = lambda given, *rest: loss(poisoned(given), *rest)
+        trainer.train_step()
+        result = {
+            "wrong": wrong,
+            "differing": differing(before, live_tensors(trainer)),
+            "stepped": len(differing(start, before)) / len(start),
+            "skipped": trainer.outcomes.settle().skipped,
+        }
+        return {name: gather_any(trainer, result)}
 
 
 def poisoned(given: Tensor) -> Tensor:
@@ -142,6 +204,8 @@ def two_ranks(suite: Suite) -> dict[str, Any]:
         "parity": parity(suite, table.two_ranks()) | on_the_kernels_ops(suite, table.on_the_kernels_ops()),
         "half_precision": {},
         "non_finite": {},
+        "empty": {},
+        "stochastic": {},
         "checkpoints": {name: checkpoints(suite, name, *layout) for name, layout in layouts.items()},
         "failed_save": failed_save(suite, "fsdp", *layouts["fsdp"]) | failed_save(suite, "pp", *layouts["pp"]),
         "outputs": outputs(suite, layouts | more),
@@ -151,6 +215,8 @@ def two_ranks(suite: Suite) -> dict[str, Any]:
             results["half_precision"] |= half_precision(suite, name, layout, dtype)
         for dtype in ("float32", "float16") if name in data else ("float16",):
             results["non_finite"] |= non_finite(suite, name, layout, dtype)
+        results["stochastic"] |= stochastic(suite, name, *layouts[name])
+        results["empty"] |= empty_steps(suite, name, layout, "float16" if name in data else "float32")
     return results
 
 
@@ -163,6 +229,8 @@ def four_ranks(suite: Suite) -> dict[str, Any]:
         "parity": parity(suite, table.four_ranks()),
         "half_precision": half_precision(suite, *("fsdp2 x tp2", both["fsdp2 x tp2"][1]), "bfloat16"),
         "non_finite": non_finite(suite, "hsdp", data["hsdp"][1], "float32"),
+        "empty": empty_steps(suite, "hsdp", data["hsdp"][1], "float32"),
+        "stochastic": stochastic(suite, "hsdp", *data["hsdp"]) | stochastic(suite, "fsdp2 x tp2", *both["fsdp2 x tp2"]),
         "failed_save": failed_save(suite, "hsdp", *data["hsdp"]),
         "checkpoints": {name: checkpoints(suite, name, *layout) for name, layout in data.items()},
         "chain": resume_chain(suite, CHAIN),

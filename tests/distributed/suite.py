@@ -60,7 +60,9 @@ class Suite:
         # The TOML is each rank's own, so that none reads it while another writes it.
         with open_trainer(self.folder / f"rank{RANK}", self.data, merged) as trainer:
             if trainer.eod_id is not None:
-                trainer.eod_id = trainer.validation_eod_id = self.eod_id
+                trainer.eod_id = self.eod_id
+                if trainer.config.validation.enable:
+                    trainer.held_out.eod_id = self.eod_id
             yield trainer
 
     def run(self, *changes: Mapping[str, Any]) -> Run:

@@ -63,6 +63,22 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(results: Results) -> None:
             assert found["scale_factor"] == (0.5 if case.endswith("float16") else 1.0), case
 
 
+def test_a_step_without_a_target_changes_nothing_anywhere(results: Results) -> None:
+    """And one where only the first data-parallel rank has some is a step as any other."""
+    for case, ranks in results["empty"].items():
+        for found in ranks:
+            assert found["differing"] == [] and found["scale"] and found["counts"] == [1, 0, 0], (case, found)
+            assert found["losses"][0] == 0 and 1 < found["losses"][1] < 10, (case, found)
+            assert found["differing_after_next"] == found["tensors"], case
+
+
+def test_stochastic_rounding_is_the_same_under_every_layout(results: Results) -> None:
+    for case, ranks in results["stochastic"].items():
+        for found in ranks:
+            assert found["wrong"] == [] and found["differing"] == [] and found["skipped"] == 1, (case, found)
+            assert found["stepped"] > 0.9, (case, found)
+
+
 def test_checkpoints_are_bitwise_and_independent_of_the_layout(results: Results) -> None:
     for case, found in results["checkpoints"].items():
         assert found == dict.fromkeys(found, []), (case, found)

@@ -73,7 +73,7 @@ def test_environment_and_arguments(module: Write) -> None:
     ]
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 75])
 def test_code_of_all(module: Write, code: int) -> None:
     result = launch(module(f"raise SystemExit({code})"))
     assert (result.returncode, result.stdout, result.stderr) == (code, "", "")

@@ -76,7 +76,7 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 75, 137])
 def test_only_a_saved_run_is_queued_again(cluster: Cluster, code: int) -> None:
     batch = cluster.start("--training.steps", "3", CODE=str(code))
     output, error = batch.communicate(timeout=60)

@@ -60,6 +60,10 @@ class Checkpointer:
         """Whether there is a whole checkpoint of `step`, in the eyes of rank 0."""
         return step in self._steps()
 
+    def before(self, step: int) -> int | None:
+        """The newest checkpoint from before `step`, in the eyes of rank 0."""
+        return max((each for each in self._steps() if each < step), default=None)
+
     def save(
         self,
         step: int,
@@ -82,8 +86,10 @@ class Checkpointer:
         parts: Parts = {"model": model} if model_only else {"model": model, "optimizer": optimizer}
         dtype = getattr(torch, self.settings.export_dtype) if model_only else None
         content = self._staging.take(parts, state | {"model_only": model_only}, dtype)
-        best = (state.get("best") or {}).get("step")
-        retention = Retention(self.settings.keep_latest_k, self.settings.keep_every, () if best is None else (best,))
+        kept = {(state.get("best") or {}).get("step"), *state.get("trunk_ends", ())} - {None}
+        # While steps update nothing, what they save must not take the place of what there was before.
+        keep = 0 if state.get("skipped_in_a_row") else self.settings.keep_latest_k
+        retention = Retention(keep, self.settings.keep_every, kept)
         final = folder.step_folder(self.root, step)
         self._save = Save(final, content, self.world, self._agreement, retention, background=self._async)
         self._ending = last or ending

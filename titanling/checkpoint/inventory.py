@@ -41,6 +41,8 @@ class Entry:
     weights_only: bool = False
     best: bool = False
     """Whether its validation loss is the best of the run."""
+    trunk_end: bool = False
+    """Whether the learning rate has begun to decay behind it: a longer run goes on from there."""
     problem: str | None = None
     """What is wrong with a damaged one."""
 
@@ -102,15 +104,21 @@ def take_stock(root: Path) -> list[Entry]:
     """Every checkpoint under `root`, the oldest first, without reading its tensors."""
     named = [(folder.parse_name(path.name), path) for path in (root.iterdir() if root.is_dir() else ())]
     found = [(*parsed, path) for parsed, path in named if parsed is not None]
-    entries, best = [], None
+    entries, best, trunk_ends = [], None, []
     for step, suffix, path in sorted(found, key=lambda each: (each[0], each[2].name)):
         if suffix is not None or not (folder.renames(root) or (path / folder.MANIFEST).exists()):
             entries.append(Entry(path, step, f".{suffix or 'partial'}", _bytes(path)))
             continue
         entry, state = _look(path, step)
         entries.append(entry)
-        best = (state.get("best") or {}).get("step") if state else best  # the newest one knows
-    return [Entry(**vars(each) | {"best": each.state == "whole" and each.step == best}) for each in entries]
+        if state:  # the newest one knows
+            best, trunk_ends = (state.get("best") or {}).get("step"), state.get("trunk_ends", ())
+
+    def known(each: Entry) -> dict[str, bool]:
+        whole = each.state == "whole"
+        return {"best": whole and each.step == best, "trunk_end": whole and each.step in trunk_ends}
+
+    return [Entry(**vars(each) | known(each)) for each in entries]
 
 
 def saved_by(manifest: Collection[str]) -> int | None:
@@ -131,7 +139,7 @@ def verify(names: Sequence[str]) -> list[Verdict]:
 
 
 def prune(name: str, keep: int, every: int = 0, really: bool = True) -> Pruned:
-    """Delete a run's checkpoints but the newest `keep` that verify, the best, and multiples of `every`.
+    """Delete a run's checkpoints but the newest `keep` that verify, the best, multiples of `every`, and ends of trunks.
 
     Damaged ones are left alone and not counted. Without `really`, nothing is deleted. Raises UserError if none
     verifies: then nothing is deleted at all.
@@ -156,6 +164,8 @@ def _prune(root: Path, keep: int, every: int, really: bool) -> Pruned:
             result.kept.append((entry.step, f"damaged, left alone: {entry.problem}"))
         elif entry.best:
             result.kept.append((entry.step, "the best by validation"))
+        elif entry.trunk_end:
+            result.kept.append((entry.step, "the last before the decay: a longer run goes on from it"))
         elif every and entry.step % every == 0:
             result.kept.append((entry.step, f"a multiple of {every}"))
         else:

@@ -19,6 +19,8 @@ STATE_TYPES: dict[str, Any] = {
     "model": dict,
     "config": dict,
 }
+LATER_TYPES: dict[str, Any] = {"empty_steps": int, "skipped_in_a_row": int, "trunk_ends": list}
+"""What earlier versions did not write; absent, it is nothing."""
 WEIGHTS_STATE = ("step", "tokens_seen", "model", "config")
 """What is needed of the state where there are only weights."""
 COUNTABLE = 2**63
@@ -45,7 +47,13 @@ def trains_on(state: dict[str, Any]) -> bool:
 
 def _unusable(state: dict[str, Any], needed: Collection[str]) -> list[str]:
     """Keys of `needed` whose values a run could not take over."""
-    return [key for key in needed if not _is_usable(key, state.get(key))]
+    wrong = [key for key, kind in LATER_TYPES.items() if key in state and not _is_counts(state[key], kind)]
+    return [key for key in needed if not _is_usable(key, state.get(key))] + wrong
+
+
+def _is_counts(value: Any, kind: type) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return isinstance(value, kind) and all(type(each) is int and 0 <= each < COUNTABLE for each in values)
 
 
 def _is_usable(key: str, value: Any) -> bool:

@@ -82,7 +82,8 @@ def moment(seconds: float | None) -> str:
 
 def _state(entry: Entry) -> str:
     if entry.state == "whole":
-        return "whole, best by validation" if entry.best else "whole"
+        marks = (", best by validation" if entry.best else "", ", last before the decay" if entry.trunk_end else "")
+        return "whole" + "".join(marks)
     if entry.problem is not None:
         return "DAMAGED: " + entry.problem.removeprefix(f"{entry.path}/")
     return LEFTOVERS.get(entry.state, f"renamed to {entry.state}: not a part of the run")

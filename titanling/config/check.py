@@ -32,6 +32,11 @@ def check_runnable(config: Config) -> None:
         instead = "remove it" if default is None else f"set it to {json.dumps(default)}"
         raise UserError(f"{dotted} = {json.dumps(value)} is not supported yet; {instead}")
     _check_data(config)
+    if config.optimizer.stochastic_rounding and config.training.dtype != "bfloat16":
+        raise UserError(
+            f'optimizer.stochastic_rounding = true is for weights in bfloat16, and training.dtype = "'
+            f'{config.training.dtype}"; set training.dtype = "bfloat16", or stochastic_rounding = false'
+        )
     if config.sampling.freq and not config.model.hf_assets_path:
         raise UserError("sampling.freq > 0 needs a tokenizer: set model.hf_assets_path, or sampling.freq = 0")
 

@@ -165,6 +165,9 @@ class Optimizer(Table):
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay."""
+    stochastic_rounding: bool = False
+    """For training.dtype = "bfloat16": round updated weights up or down by chance, so that steps too small for bfloat16
+    count in the mean. The moments are then float32 (10 bytes a parameter instead of 6, without its gradient)."""
     implementation: Literal["fused"] = "fused"
     """torch's fused kernel: the one that can skip a step on the device."""
     early_step_in_backward: bool = not_yet(False)
@@ -209,6 +212,9 @@ class Training(Table):
     validation's."""
     steps: int = Field(10000, ge=1)
     """Optimizer steps of the whole run. Raise it to extend a finished run."""
+    max_skipped_in_a_row: int = Field(100, ge=0)
+    """So many steps in a row that update nothing, for they are not finite or have no token to predict, save and end the
+    run with exit code 3. 0: it goes on whatever happens."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in CPU memory (FSDP on CUDA)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -17,8 +17,9 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titanling.data.damage import check_ids, place_of_sample
+from titanling.data.held_out import validation_starts
 from titanling.data.packing import Arrays
-from titanling.data.sources import MixedSource, WindowSource, count_windows, whole_batch
+from titanling.data.sources import MixedSource, WindowSource, whole_batch
 from titanling.data.token_files import Tokens
 from titanling.loss import IGNORE_INDEX
 
@@ -155,9 +156,7 @@ def validation_batches(
     The set is the same at any world size. Every rank yields the same number of batches, as collectives need, in the
     form of `BatchStream`'s; rows beyond the set have all labels IGNORE_INDEX.
     """
-    windows = count_windows(dataset, seq_len)
-    wanted = windows if num_batches < 0 else min(windows, num_batches * local_batch_size)
-    starts = np.arange(wanted) * windows // wanted * seq_len
+    starts = validation_starts(dataset, seq_len, local_batch_size, num_batches)
     return _validation_rows(dataset, seq_len, starts, local_batch_size, dp_rank, dp_world, vocab_size)
 
 

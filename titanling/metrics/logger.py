@@ -91,7 +91,7 @@ class MetricsLogger:
 
         Required: `step`, `loss`, `grad_norm` (before clipping), `lr`, `tokens_seen`, `tokens_per_second` (all
         ranks), `step_seconds`, `memory_bytes`. Optional: `mfu_full` and `mfu_causal` (fractions), `skipped_steps`,
-        `loss_scale`, and any other number, which goes to the files only. Non-finite values are allowed.
+        `empty_steps`, `loss_scale`, and any other number, which goes to the files only. Non-finite values are allowed.
         """
         if not self._on:
             return
@@ -193,8 +193,9 @@ class MetricsLogger:
             causal = f" (causal {100 * row['mfu_causal']:.1f} %)" if "mfu_causal" in row else ""
             pieces.append((f"  MFU {100 * row['mfu_full']:.1f} %{causal}", "magenta"))
         pieces.append((f"  {row['memory_bytes'] / GIB:.2f} GiB", ""))
-        if row.get("skipped_steps", 0) > 0:
-            pieces.append((f"  skipped {row['skipped_steps']}", "bold red"))
+        for kind in ("skipped", "empty"):
+            if row.get(f"{kind}_steps", 0) > 0:
+                pieces.append((f"  {kind} {row[f'{kind}_steps']}", "bold red"))
         pieces.append((f"  ETA {format_duration(self._seconds_left(step, row['step_seconds']))}", "dim"))
         return pieces
 

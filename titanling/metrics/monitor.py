@@ -61,7 +61,7 @@ class Throughput:
         if self._depth or not self._steps:
             raise ValueError("read() needs a counted step, outside of paused()")
         now = self._clock()
-        seconds = now - self._start - self._paused
+        seconds = max(now - self._start - self._paused, 1e-9)  # a coarse clock may stand still
         rate = Rate(self._tokens / seconds, seconds / self._steps)
         self._start, self._paused, self._steps, self._tokens = now, 0.0, 0, 0
         return rate

@@ -19,6 +19,13 @@ from titanling.parallel.weights import materialize, settle
 Batch = dict[str, Tensor]
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch there, without waiting for it."""
+    if device.type == "cuda":  # only from pinned memory does a copy not make the host wait
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 class Runner:
     """One rank's part of a model under its plans. Every method is called by all ranks together.
 

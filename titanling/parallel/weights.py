@@ -77,10 +77,11 @@ def _pieces(tensors: list[Tensor]) -> list[Tensor]:
     return [piece for tensor in tensors for piece in tensor.flatten().split(CPU_PIECE)]
 
 
-def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
+def global_norm(gradients: Iterable[Tensor], world: World, loss: Tensor | None = None) -> Tensor:
     """2-norm of all gradients of all ranks, 0-dim float32: one all-reduce of one number, whatever the layout.
 
-    Every rank sums the squares of what it holds, each divided by the number of ranks that hold the same.
+    Every rank sums the squares of what it holds, each divided by the number of ranks that hold the same. It is nan
+    where any rank's share of the `loss` is not finite, though gradients may be.
     """
     by_copies: dict[int, list[Tensor]] = {}
     replicated = world.size == 1 or world.degrees.ddp
@@ -97,4 +98,6 @@ def global_norm(gradients: Iterable[Tensor], world: World) -> Tensor:
         for copies, tensors in sorted(by_copies.items())
     ]
     total = torch.stack(squares).sum()
-    return (total if replicated else world.sum_(total)).sqrt()
+    fault = torch.zeros_like(total) if loss is None else (0 * loss).to(total)  # 0 · inf is nan
+    total = total + world.sum_(fault) if replicated else world.sum_(total + fault)
+    return total.sqrt()

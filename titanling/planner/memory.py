@@ -127,7 +127,8 @@ def memory(setup: Setup, parameters: Sequence[Placed], rank: int) -> Memory:
     """Memory of a rank of the pipeline that holds these parameters."""
     weights = sum(each.bytes for each in parameters)
     # AdamW counts its steps in a float32 for each parameter.
-    optimizer = STATES * weights + 4 * len(parameters)
+    by_itself = setup.config.optimizer.stochastic_rounding  # float32 moments of bfloat16 weights
+    optimizer = STATES * weights * (2 if by_itself else 1) + 4 * len(parameters)
     elements = count(setup, parameters)
     matrices = setup.shape.matmul_params / setup.shape.n_layers / setup.degrees.tp
     sizes = activations(setup, matrices)

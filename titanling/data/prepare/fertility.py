@@ -48,7 +48,7 @@ def compare(tokenizers: Mapping[str, Tokenizer], sample: Sample, reference: str)
             for name, tokenizer in tokenizers.items():
                 tokens[name] += len(tokenizer.encode(text, add_special_tokens=False))
         rows = {
-            name: Fertility(count, count / max(1, words), count / size, count / max(1, tokens[reference]))
+            name: Fertility(count, count / max(1, words), count / max(1, size), count / max(1, tokens[reference]))
             for name, count in tokens.items()
         }
         reports.append(SourceReport(source.name, words, size, rows))

@@ -96,7 +96,7 @@ class Sample:
     def of(self, index: int) -> Iterator[str]:
         """The texts of one source."""
         source, quota, size = self.sources[index], self.quotas[index], self.bytes[index]
-        share = min(1.0, quota / size)
+        share = min(1.0, quota / max(1, size))
         rng = random.Random(f"{self._seed} {source.name}")
         files = rng.sample(self._files[index], len(self._files[index]))
         # Where in the source the first piece is taken.

@@ -38,7 +38,7 @@ def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
             count += 1
             characters += size
         seen.add(part)
-    return count / len(parts), characters / total
+    return count / len(parts), characters / max(1, total)
 
 
 class NGrams:
