@@ -36,6 +36,7 @@ from titanling.owner import Owner
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
 from titanling.planner.command import plan
 from titanling.ranks import is_first, planned, refuse_unlaunched, this_process
+from titanling.sizes import check_batches, host_memory
 from titanling.stop import StopRequest
 from titanling.summary import End, failed_summary, stopped_summary, summary
 from titanling.text import escape_controls
@@ -99,6 +100,7 @@ def check(config: Config, owner: Owner | None = None) -> tuple[LlamaShape, Degre
         config.compile,
         this_process().size,
     )
+    check_batches(config, degrees, host_memory())
     if is_first():
         with _shown_to_others(config):
             _check_run_folder(config)

@@ -42,6 +42,7 @@ from titanling.parallel.plan import active
 from titanling.parallel.runner import to_device
 from titanling.parallel.weights import global_norm
 from titanling.schedule import lr_factor, trunk_end
+from titanling.sizes import check_device
 from titanling.stop import StopRequest
 from titanling.summary import Failure
 from titanling.validation import HeldOut
@@ -68,6 +69,8 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(config.debug.deterministic)
         device = local_device(config.comm)
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_device(config, shape, degrees, device_memory(device.type).total, sharing)
         self.plans = build_plans(
             config.parallelism,
             config.training,

@@ -122,21 +122,21 @@ class Model(Table):
     """Model converters; "quantize.linear.float8", or "float8" for short, is the one there is."""
     print_after_conversion: bool = not_yet(False)
     """Print the model after the converters ran."""
-    dim: int | None = Field(None, ge=8)
+    dim: int | None = Field(None, ge=8, le=2**20)
     """Hidden size (preset's if unset)."""
-    n_layers: int | None = Field(None, ge=1)
+    n_layers: int | None = Field(None, ge=1, le=10_000)
     """Number of transformer blocks (preset's if unset)."""
-    n_heads: int | None = Field(None, ge=1)
+    n_heads: int | None = Field(None, ge=1, le=2**16)
     """Number of query heads (preset's if unset)."""
-    n_kv_heads: int | None = Field(None, ge=1)
+    n_kv_heads: int | None = Field(None, ge=1, le=2**16)
     """Number of key/value heads; must divide n_heads (preset's if unset)."""
-    head_dim: int | None = Field(None, ge=2)
+    head_dim: int | None = Field(None, ge=2, le=2**16)
     """Size of one head, even; dim / n_heads if neither this nor the preset sets it."""
-    ffn_dim: int | None = Field(None, ge=1)
+    ffn_dim: int | None = Field(None, ge=1, le=2**24)
     """Width of the SwiGLU feed-forward (preset's if unset)."""
-    vocab_size: int | None = Field(None, ge=2)
+    vocab_size: int | None = Field(None, ge=2, lt=2**31)
     """Rows of the embedding (preset's if unset)."""
-    make_vocab_size_divisible_by: int = Field(1, ge=1)
+    make_vocab_size_divisible_by: int = Field(1, ge=1, le=2**20)
     """Pad vocab_size up to a multiple of this, as Megatron does."""
     rope_theta: float | None = Field(None, gt=0)
     """RoPE base frequency (preset's if unset)."""
@@ -437,9 +437,9 @@ class Comm(Table):
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: NCCL (on ROCm, RCCL) for GPU tensors, gloo for CPU tensors."""
-    init_timeout_seconds: int = Field(300, ge=1)
+    init_timeout_seconds: int = Field(300, ge=1, le=31_536_000)
     """How long a collective may wait for other ranks; at start-up, how long preparing data may take."""
-    train_timeout_seconds: int = Field(100, ge=1)
+    train_timeout_seconds: int = Field(100, ge=1, le=31_536_000)
     """How long a collective may wait for other ranks after the first step. Then the run ends and names who is lost."""
 
 
@@ -714,14 +714,14 @@ class Prepare(Table):
     """Refuse a document above this, as text that misses its line ends."""
     skip_bad: bool = False
     """Count documents that cannot be used and leave them out, instead of refusing them."""
-    vocab_size: int = Field(8192, ge=258)
+    vocab_size: int = Field(8192, ge=258, le=2**24)
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
     validation_fraction: float = Field(0.01, gt=0, lt=1)
     """Share of the documents, chosen by hash of their text, kept for validation."""
     backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     """What encodes the text. "auto": gigatoken, many times faster, if it is installed (extra: `gigatoken`) and gives
     the ids of tokenizers on a sample of the text; else tokenizers. The files are the same."""
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=1, le=4096)
     """Processes that prepare. Unset: one for each core, and no more than the text has pieces of 64 MB. The files are
     the same."""
     language: Text | None = None
@@ -799,7 +799,7 @@ class Data(Table):
     """[[data.sources]], instead of data.train"""
     stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
     """[[data.stages]]"""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=1024)
     """Processes of each rank that read and tokenise streamed sources. 0: a thread. A run that goes on needs as many."""
     shuffle_buffer: int = Field(10_000, ge=1)
     """Documents of a streamed source that are held and shuffled together, by each worker. 1: as they come."""
@@ -817,7 +817,7 @@ class Data(Table):
     """How training sequences are made. "concat": the stream of tokens is cut every seq_len tokens. "best_fit":
     documents are cut where they are longer than seq_len, and put together so that sequences are full; a few are cut to
     fill them. With document_mask = "causal", each part is a document of its own."""
-    packing_window: int = Field(256, ge=16)
+    packing_window: int = Field(256, ge=16, le=2**24)
     """Sequences that are packed together by best_fit, at least. Padding stays below 1 / packing_window."""
     audit_log: bool = False
     """Write what each step reads, document by document, to <run folder>/data/steps-rankNNN.jsonl, a file of each
