@@ -69,9 +69,9 @@ def lr_jump(before: Mapping[str, Any], config: Config, step: int) -> str | None:
         return None
     planned = peak * lr_factor(settings, steps, step)
     now = config.optimizer.lr * lr_factor(config.lr_scheduler, config.training.steps, step)
-    if abs(now - planned) <= JUMP * max(now, planned):
-        return None
     last = peak * lr_factor(settings, steps, max(0, step - 1))
+    if (1 - JUMP) * min(last, planned) <= now <= (1 + JUMP) * max(last, planned):
+        return None
     trunk, remedy = trunk_end(settings, steps), ""
     if trunk is not None and trunk < step and now > last:
         remedy = f"; it began to fall behind step {trunk}: a longer run better goes on from there"

@@ -43,7 +43,7 @@ class Outcomes:
 
     def count(self, number: int, samples: str, found_inf: Tensor, empty: Tensor) -> None:
         """Take a step's outcome, two 0-dim tensors on the device, without waiting for it."""
-        flags, arrived = torch.stack((found_inf, empty)), None
+        flags, arrived = torch.stack((found_inf, empty.to(found_inf))), None
         if flags.device.type == "cuda":
             flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
             arrived = torch.cuda.Event()

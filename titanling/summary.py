@@ -101,7 +101,7 @@ def failed_summary(config_file: str, overrides: Mapping[str, Any], config: Confi
             f"{says} no token that they read is to be predicted; see which documents:"
             f" {_command(*look, *size, '--step', failure.last)}"
         )
-    changes: dict[str, Any] = {"optimizer.lr": config.optimizer.lr / 10}
+    changes: dict[str, Any] = {"optimizer.lr": float(f"{config.optimizer.lr / 10:.3g}")}
     if failure.older is None:
         changes["job.dump_folder"] = f"{folder}-lower-lr"
         again = "start anew with a lower learning rate"
