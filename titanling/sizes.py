@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from titanling.config import Config
 from titanling.errors import UserError
+from titanling.metrics.hardware import device_memory
 from titanling.model.presets import LlamaShape
 from titanling.parallel.degrees import Degrees, sequences_per_step
+from titanling.ranks import this_process
 
 MOST_TOKENS = 2**63
 """Tokens are counted in 64 bits."""
@@ -43,6 +45,11 @@ def _refuse(setting: str, tokens: int, memory: int) -> None:
             f"{setting}: the {tokens:,} tokens of a process are {_gib(tokens * TOKEN_BYTES)}, and this machine has"
             f" {_gib(memory)}; lower it"
         )
+
+
+def room(device_type: str) -> tuple[int, int]:
+    """Bytes of this process's device, and how many processes share it: a GPU is one's own."""
+    return device_memory(device_type).total, 1 if device_type == "cuda" else this_process().per_node or 1
 
 
 def check_device(config: Config, shape: LlamaShape, degrees: Degrees, memory: int, sharing: int) -> None:

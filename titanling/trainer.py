@@ -38,11 +38,10 @@ from titanling.parallel.compile import uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps, sequences_per_step
 from titanling.parallel.lay_out import build_plans, lay_out
 from titanling.parallel.mesh import limit_collectives, local_device, start_world, stop_world
-from titanling.parallel.plan import active
 from titanling.parallel.runner import to_device
 from titanling.parallel.weights import global_norm
 from titanling.schedule import lr_factor, trunk_end
-from titanling.sizes import check_device
+from titanling.sizes import check_device, room
 from titanling.stop import StopRequest
 from titanling.summary import Failure
 from titanling.validation import HeldOut
@@ -69,8 +68,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(config.debug.deterministic)
         device = local_device(config.comm)
-        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        check_device(config, shape, degrees, device_memory(device.type).total, sharing)
+        check_device(config, shape, degrees, *room(device.type))
         self.plans = build_plans(
             config.parallelism,
             config.training,
@@ -100,7 +98,9 @@ class Trainer:
             say, warn = self.metrics.info, self.metrics.warn
             self.outcomes = Outcomes(warn, self.scaler.enabled)
             self.checkpointer = Checkpointer(config.checkpoint, self.run_folder, self.world, say, warn)
-            self._describe()
+            sizes = self.sequences, self.accumulation
+            for line in introduction(config, shape, self.world, sizes, self.text.lines, self.plans):
+                say(line)
             self._resume()
             for line in (*doubts(config), *stuck(self.runner.named_parameters(), config, self.world)):
                 warn(line)
@@ -153,12 +153,6 @@ class Trainer:
             device_name=name,
             peak_flops=self.peak_flops,
         )
-
-    def _describe(self) -> None:
-        plans = [f"{plan.name}: {plan.describe()}" for plan in active(self.plans, self.world)]
-        sizes = self.sequences, self.accumulation, self.world.size, self.world.device.type
-        for line in introduction(self.config, self.shape, *sizes, self.text.lines, plans):
-            self.metrics.info(line)
 
     def _resume(self) -> None:
         """Go on from the run's own newest checkpoint, else start from initial_load_path, else from nothing."""
@@ -382,8 +376,8 @@ class Trainer:
             stop_world(self.world)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        mean_loss, outcomes = self.world.sum_(loss).item(), self.outcomes.settle()
-        if outcomes.last != "empty":
+        mean_loss = self.world.sum_(loss).item()
+        if self.outcomes.settle().last != "empty":
             self.losses["training loss"] = mean_loss
         row: dict[str, float | int] = {
             "step": self.step,
@@ -391,8 +385,7 @@ class Trainer:
             "grad_norm": grad_norm.item(),
             "lr": lr,
             "tokens_seen": self.tokens_seen,
-            "skipped_steps": outcomes.skipped,
-            "empty_steps": outcomes.empty,
+            **self.outcomes.state(),
             "memory_bytes": device_memory(self.world.device.type).peak,
         }
         rate = self.throughput.read()
