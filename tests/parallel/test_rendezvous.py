@@ -24,6 +24,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "SPEAKS_AFTER_SECONDS", 0.0)
     return port
 
 
@@ -63,10 +64,10 @@ def test_the_others_clock_starts_when_rank_0_has_done_its_work(port: int, capfd:
 def test_silence_has_an_end(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 100.0)  # one beat, and then none
     found: list[object] = []
-    other = other_rank(port, found)
     with at_work(LIMIT):
-        other.join()
-    rendezvous._opened.clear()
+        other = other_rank(port, found)
+    other.join()
+    rendezvous._early.pop().stop()
     assert "rank 0 at 127.0.0.1" in str(found[0]) and "has been silent for twice 1 s (comm.init_" in str(found[0])
 
 

@@ -27,8 +27,8 @@ SIOCGIFADDR = 0x8915  # netdevice(7)
 NAMED_AT_MOST = 16
 POLL_SECONDS = 0.1
 BACKLOG = 1024
-BEAT_SECONDS, SPEAKS_AFTER_BEATS = 1.0, 3
-PREPARING, FAILED = "preparing", "failed"
+BEAT_SECONDS, SPEAKS_AFTER_SECONDS = 1.0, 3.0
+AT_WORK, FAILED = "at work", "failed"
 FAREWELL_SECONDS = 5.0
 """How long rank 0 keeps the store of a failed start open, for the others to read why."""
 
@@ -64,7 +64,7 @@ def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """
     me = this_process()
     place = Place(me.address, me.port, rank, size, timeout)
-    store = _opened.pop() if _opened else _open_store(place)
+    store = _early.pop().stop() if _early else _open_store(place)
     try:
         missing, outside = _meet(place, store)
     except RuntimeError as error:
@@ -81,41 +81,53 @@ def rendezvous(rank: int, size: int, timeout: timedelta) -> dist.Store:
     return store
 
 
-_opened: list[dist.Store] = []
-"""The store that `at_work` has left open, for `rendezvous`."""
+class _AtWork(threading.Thread):
+    """Shows in the store, again and again, that rank 0 is there, though it has not joined the others yet."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__(name="at work", daemon=True)
+        self._store, self._beats, self._ended = store, store.clone(), threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Beat until the end."""
+        beat = 0
+        with suppress(RuntimeError):  # the store is gone: the run is ending
+            while not self._ended.wait(BEAT_SECONDS if beat else 0):
+                beat += 1
+                self._beats.set(AT_WORK, str(beat))
+
+    def stop(self) -> dist.Store:
+        """End it; the store."""
+        self._ended.set()
+        self.join()
+        return self._store
+
+
+_early: list[_AtWork] = []
+"""What `at_work` has begun, for `rendezvous` to end."""
 
 
 @contextmanager
 def at_work(timeout: timedelta) -> Iterator[None]:
-    """On rank 0 of several: open the store, and show there that this rank is at work before it joins the others.
+    """On rank 0 of several: open the store, and show there that this rank works on what comes before it joins.
 
-    Their clock starts when that stops. A UserError is told to the other nodes too. Raises UserError as `rendezvous`.
+    The others' clock starts when it joins, or is not seen at work any more. A UserError is told to the other nodes too.
+    Raises UserError as `rendezvous`.
     """
-    me, ended = this_process(), threading.Event()
+    me = this_process()
     store = _open_store(Place(me.address, me.port, me.rank, me.size, timeout))
-    beats = store.clone()
-
-    def beat() -> None:
-        count = 0
-        while not ended.wait(BEAT_SECONDS if count else 0):
-            count += 1
-            with suppress(RuntimeError):  # the store is gone: the run is ending
-                beats.set(PREPARING, str(count))
-
-    thread = threading.Thread(target=beat, name="at work", daemon=True)
-    thread.start()
+    showing = _AtWork(store)
     try:
         yield
     except UserError as error:
+        showing.stop()
         store.set(FAILED, str(error))
         if me.per_node != me.size:  # on one node, the launcher ends the others
             told = [f"told {other}" for other in range(1, me.size)]
             _missing(store, told, time.monotonic() + FAREWELL_SECONDS)
         raise
-    finally:
-        ended.set()
-        thread.join(BEAT_SECONDS)
-    _opened.append(store)
+    _early.append(showing)
 
 
 def _open_store(place: Place) -> dist.Store:
@@ -207,26 +219,56 @@ def _meet(place: Place, store: dist.Store) -> tuple[list[int], str]:
 
 
 def _await_outcome(place: Place, store: dist.Store) -> None:
-    """Wait for rank 0's word: as long as it shows that it is at work, and then twice the timeout, for it may have
-    started last and then waits its own full time. Raises UserError if it has failed, or is silent."""
-    seen, said, deadline = b"", False, place.deadline() + place.timeout.total_seconds()
-    while not store.check(["outcome"]):
-        if store.check([FAILED]):
-            problem = store.get(FAILED).decode()
-            store.set(f"told {place.rank}", "")
-            raise UserError(problem)
-        beat = store.get(PREPARING) if store.check([PREPARING]) else b""
-        if beat != seen:
-            seen, deadline = beat, place.deadline() + place.timeout.total_seconds()
-            if not said and int(beat) > SPEAKS_AFTER_BEATS and _speaks(place.rank):
+    """Wait for rank 0's word: while it is at work, and then twice the timeout, for it may have started last and waits
+    its own full time. Raises UserError if it has failed or is silent, RuntimeError if it has gone."""
+    asking = _Asking(store.clone())
+    patience, started, said = 2 * place.timeout.total_seconds(), time.monotonic(), not _speaks(place.rank)
+    deadline = started + patience
+    while not asking.word:
+        now = time.monotonic()
+        if asking.error is not None:
+            raise asking.error
+        if asking.at_work:
+            asking.at_work, deadline = False, now + patience  # until the next answer
+            if not said and now - started > SPEAKS_AFTER_SECONDS:
                 said = True
                 print(f"rank {place.rank} waits for rank 0, which prepares or checks the data", flush=True)
-        elif time.monotonic() > deadline:
+        if now > deadline:
             raise UserError(
                 f"MASTER_ADDR, MASTER_PORT: rank 0 at {place} has been silent for twice {place.limit}; look at its"
                 " messages and node"
             )
         time.sleep(POLL_SECONDS)
+    if asking.word == FAILED:
+        problem = store.get(FAILED).decode()
+        store.set(f"told {place.rank}", "")
+        raise UserError(problem)
+
+
+class _Asking(threading.Thread):
+    """Asks the store what rank 0 does; in a thread, for a store whose process is suspended answers nobody."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__(name="asking", daemon=True)
+        self._store = store
+        self.word = ""
+        """"outcome" or FAILED once it is there."""
+        self.at_work = False
+        self.error: RuntimeError | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Ask until there is a word."""
+        seen = b""
+        try:
+            while not self.word:
+                self.word = next((word for word in (FAILED, "outcome") if self._store.check([word])), "")
+                beat = self._store.get(AT_WORK) if self._store.check([AT_WORK]) else b""
+                if beat != seen:
+                    seen, self.at_work = beat, True
+                time.sleep(POLL_SECONDS)
+        except RuntimeError as error:
+            self.error = error
 
 
 def _speaks(rank: int) -> bool:
