@@ -272,3 +272,26 @@ def test_a_second_start_is_refused_before_it_does_anything(tmp_path: Path, tiny_
         assert (second.returncode, second.stdout) == (2, "")
         assert "another run has it: process" in second.stderr and len(second.stderr.splitlines()) == 1
         assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_has_lost_its_folder_ends_before_its_next_save(tmp_path: Path, tiny_data: TinyData) -> None:
+    """At the next step if the thread has noticed, and else before it saves; what was saved stays as it was."""
+    from runs import open_trainer  # imports torch
+
+    run = tmp_path / "run"
+    with open_trainer(tmp_path, tiny_data, {"training.steps": 2}) as trainer:
+        trainer.train()
+    before = snapshot(run / "checkpoints")
+    for notices in (True, False):
+        changes = {"training.steps": 6, "checkpoint.interval": 3}
+        with open_trainer(tmp_path, tiny_data, changes) as trainer:
+            trainer.owner.take({"job.dump_folder": run})
+            leave_behind(run)
+            if notices:
+                trainer.owner.renew()
+            with pytest.raises(UserError, match="this run has lost .* on gpu07"):
+                trainer.train()
+            assert trainer.step == 3  # the step that it was in, or that with the save
+            trainer.owner.release()
+        assert snapshot(run / "checkpoints") == before
+        (run / NAME).unlink()

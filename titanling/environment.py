@@ -29,6 +29,7 @@ def require(even_for_help: bool = False) -> None:
     Call it before anything else is imported. Child processes will find the project, whether it is installed or not.
     """
     handed_over = os.environ.pop(HANDED_OVER, None) is not None
+    _forget_working_folder()
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if ROOT not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([ROOT] + paths)
@@ -44,6 +45,17 @@ def require(even_for_help: bool = False) -> None:
     what = " ".join(what.split())
     sys.stderr.write(f"error: {what}; run {command} once, then the same command again\n")
     sys.exit(2)
+
+
+def _forget_working_folder() -> None:
+    """What lies where the user stands is no part of the program: `python -m` puts that folder before all others.
+
+    It also does so in every process that this one starts, from Python 3.11 on unless it is told not to.
+    """
+    started_by_m = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    if started_by_m and "PYTHONSAFEPATH" not in os.environ and sys.path and os.path.realpath(sys.path[0]) != ROOT:
+        del sys.path[0]
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _lacking() -> str:
