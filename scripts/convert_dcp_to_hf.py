@@ -13,6 +13,7 @@ import os
 
 from titanling import cli
 from titanling.ranks import is_first
+from titanling.text import escape_controls
 
 EXAMPLE = (
     "example: python scripts/convert_dcp_to_hf.py --checkpoint outputs/debug/checkpoints/step-000200 --output hf/"
@@ -45,6 +46,7 @@ def main() -> None:
         arguments.dtype,
         arguments.max_shard_size,
         arguments.verify,
+        lambda line: print(escape_controls(line)),
     )
     if is_first():
         print(f"wrote {arguments.output}: {', '.join(files)}")
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "nothing was written")

@@ -37,13 +37,13 @@ def main() -> None:
 
     import torch  # takes seconds: not for --help
 
-    from titanling.checkpoint.weights import find_tokenizer, load_model
+    from titanling.checkpoint.weights import find_tokenizer, load_model, text_ends
     from titanling.model.generate import CachedDecoder, generate
 
     saved = load_model(open_path(arguments.checkpoint))
     _, files = find_tokenizer(saved.state, saved.shape, arguments.tokenizer)
-    # Documents follow an end-of-text token in training, so an empty prompt starts after one.
-    prompt = files.tokenizer.encode(arguments.prompt).ids or [files.eod_id]
+    ends = text_ends(saved.state, files)
+    prompt = files.encode_prompt(arguments.prompt, ends.bos_id)
     capacity = len(prompt) + arguments.max_new_tokens
     new = generate(
         CachedDecoder(saved.model, saved.shape.n_layers, capacity),
@@ -53,9 +53,9 @@ def main() -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        stop_id=files.eod_id,
+        stop_ids=ends.stop_ids,
     )
-    print(arguments.prompt + files.tokenizer.decode(new))
+    print(arguments.prompt + files.continuation(prompt, new))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--id-field", help="JSON lines, Parquet: key or column of the documents' names, kept in .ids.jsonl")
     add("--max-document-bytes", type=int, help="refuse longer ones (default: 100,000,000)")
     add("--skip-bad", action="store_true", default=None, help="count what cannot be used instead of refusing it")
+    add("--add-bos", action="store_true", default=None, help="begin each document with the tokenizer's bos_token")
     add("--workers", type=int, help="processes (default: one for each core, if there is work for all)")
     add("--language", help="language of the text, for filters (default: of NAME=PATH, the NAME)")
     add(
@@ -124,4 +125,4 @@ def _print_report(prefix: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on with the parts that are finished")

@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "no tokenizer was written")

@@ -25,13 +25,14 @@ def write_checkpoint(
     layout: str = "one",
     changes: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Path:
     """A checkpoint of step 3 under `root` as a run with `changes` would have saved it; its folder.
 
-    `weights` are saved instead of the model's, if given.
+    `weights` are saved instead of the model's, if given; `state` is what else its state says.
     """
     config = load_config(tiny_config(root, data, changes, "saved.toml")).config
-    state = {
+    whole = {
         "format": 1,
         "step": 3,
         "tokens_seen": 3 * 4 * 32,
@@ -50,7 +51,7 @@ def write_checkpoint(
         "config": config.model_dump(mode="json"),
     }
     tensors = dict(model.state_dict()) if weights is None else dict(weights)
-    return commit(root, state, divide(tensors, layout))
+    return commit(root, whole | dict(state or {}), divide(tensors, layout))
 
 
 def divide(tensors: Mapping[str, Tensor], layout: str) -> list[dict[str, Piece]]:

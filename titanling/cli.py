@@ -18,12 +18,12 @@ from titanling.text import escape_controls, shorten
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], if_interrupted: str = "") -> None:
     """Run `main` and exit with its code (None is 0).
 
     `UserError` and a full or forbidden disk become one line on stderr and exit code 2, without a traceback.
     Under a launcher every rank meets the same error, so rank 0 speaks first and the others only if they are still
-    there after a moment.
+    there after a moment. `if_interrupted`: what to say after Ctrl-C, of what there is and of the same command.
     """
     code: int | None = 1
     if launched():
@@ -34,7 +34,8 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         code = _refuse(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        words = f"interrupted; {if_interrupted}" if if_interrupted else "interrupted"
+        print(words, file=sys.stderr, flush=True)
         code = 130
     except SystemExit as end:  # argparse's
         code = end.code if not isinstance(end.code, str) else 1

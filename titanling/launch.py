@@ -188,4 +188,4 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on from the last checkpoint, if one was saved")

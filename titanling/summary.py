@@ -13,6 +13,7 @@ from titanling.checkpoint.remote import open_root, root_name
 from titanling.config import Config
 from titanling.data.token_files import facts
 from titanling.doubts import JUMP
+from titanling.hints import better_step, first_words
 from titanling.ranks import asked, this_process
 from titanling.schedule import lr_factor, trunk_end
 
@@ -61,12 +62,16 @@ def summary(config_file: str, overrides: Mapping[str, Any], config: Config, end:
     if config.metrics.enable_tensorboard:
         rows["TensorBoard"] = _command(_program("tensorboard"), "--logdir", folder / config.metrics.save_tb_folder)
     if config.checkpoint.enable:
-        checkpoint = f"{root_name(folder, config.checkpoint.folder)}/{step_name(steps)}"
+        root = root_name(folder, config.checkpoint.folder)
+        rows["checkpoint"] = f"{root}/{step_name(steps)}"
+        best = better_step(config, steps)
+        if best is not None:
+            rows["best"] = f"{root}/{step_name(best)}, whose validation loss is lower"
+        checkpoint = f"{root}/{step_name(steps if best is None else best)}"
         script = (_program("python"), _script("scripts/generate.py"), "--checkpoint", checkpoint)
-        rows["checkpoint"] = checkpoint
         rows |= going_on(config_file, overrides, config, end)
         if config.model.hf_assets_path:
-            rows["generate"] = _command(*script, "--prompt") + ' "def fibonacci(n):"'
+            rows["generate"] = _command(*script, "--prompt", first_words(config))
         script = (_program("python"), _script("scripts/convert_dcp_to_hf.py"), "--checkpoint", checkpoint)
         rows["convert"] = _command(*script, "--output", "hf/")
     return "\n".join([*lines, *(f"  {name:<12} {text}" for name, text in rows.items())])

@@ -25,10 +25,11 @@ from titanling.config.arguments import parse_arguments
 from titanling.config.check import check_runnable, errors_name_the_file
 from titanling.config.load import dump_toml
 from titanling.config.reference import help_text
+from titanling.data.ends import check_ends, ends_of
 from titanling.data.held_out import check_targets
 from titanling.data.indexed import file_sha256
 from titanling.data.prepare.run import prepare
-from titanling.data.sources import check_epochs, check_length, check_sources, open_sources
+from titanling.data.sources import all_prefixes, check_epochs, check_length, check_sources, open_sources
 from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import FAILED_NUMERICALLY, UserError
 from titanling.model.presets import LlamaShape
@@ -246,7 +247,24 @@ def _check_data(config: Config, shape: LlamaShape, degrees: Degrees) -> None:
             key, seq_len = "training.seq_len", training.seq_len
         check_length(data.validation, tokens, key, seq_len)
         check_targets(data.validation, data, validation, seq_len)
+    _check_ends(config)
+
+
+def _check_ends(config: Config) -> None:
+    """Whether all files and the tokenizer mean the same tokens to end and to begin a document."""
+    data, tokenizer = config.data, config.model.hf_assets_path
+    held_out = [data.validation] if config.validation.enable and data.validation else []
+    prefixes = held_out if data.streams else [*all_prefixes(data), *held_out]
+    if prefixes:
+        ends, _ = ends_of(data, prefixes, tokenizer)
+        if tokenizer is not None:
+            check_ends(prefixes, tokenizer)
+        if data.streams and data.prepare.add_bos != (ends.bos_id is not None):
+            raise UserError(
+                f"data.prepare.add_bos = {str(data.prepare.add_bos).lower()}, by which the sources are streamed:"
+                f" {prefixes[0]}, the validation text, is prepared otherwise; change it, or prepare that again"
+            )
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "the same command goes on from the last checkpoint, if one was saved")

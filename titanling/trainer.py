@@ -16,6 +16,7 @@ from torch import Tensor
 from titanling.bfloat16 import stuck
 from titanling.checkpoint.checkpointer import Checkpointer
 from titanling.checkpoint.initial import load_initial
+from titanling.checkpoint.phases import Past, past_of
 from titanling.checkpoint.resume import check_resumable
 from titanling.config import Config
 from titanling.data.audit import AuditLog
@@ -28,18 +29,18 @@ from titanling.errors import UserError
 from titanling.introduction import introduction
 from titanling.loss import IGNORE_INDEX
 from titanling.metrics import MetricsLogger, Throughput, device_memory, flops_per_token, mfu, peak_flops, profile
-from titanling.model.generate import generate
 from titanling.model.llama import build_on_meta
 from titanling.model.presets import LlamaShape
 from titanling.optim import LossScaler, clip_and_step, make_optimizer, optimizer_state
 from titanling.outcomes import Outcomes
 from titanling.owner import Owner
-from titanling.parallel.compile import uncompiled
 from titanling.parallel.degrees import Degrees, accumulation_steps, sequences_per_step
 from titanling.parallel.lay_out import build_plans, lay_out
 from titanling.parallel.mesh import limit_collectives, local_device, start_world, stop_world
+from titanling.parallel.precision import compute_dtype
 from titanling.parallel.runner import to_device
 from titanling.parallel.weights import global_norm
+from titanling.sampling import samples
 from titanling.schedule import lr_factor, trunk_end
 from titanling.sizes import check_device, room
 from titanling.stop import StopRequest
@@ -87,6 +88,7 @@ class Trainer:
         self._to_device = partial(to_device, device=self.world.device)
         self.step = self.tokens_seen = 0
         self.losses: dict[str, float] = {}
+        self.past = Past()  # of the weights, before this run
         self.best: dict[str, float] | None = None  # step and val_loss of the best validation
         self.trunk_end = trunk_end(config.lr_scheduler, config.training.steps)
         self.trunk_ends = {self.trunk_end} - {None}  # checkpoints that stay, for longer runs go on from them
@@ -133,7 +135,8 @@ class Trainer:
         self.audit: AuditLog | None = None
         if data.audit_log and self.text.source is not None and not any(same):
             self.audit = AuditLog(self.run_folder, self.text.source, world.dp_rank, world.degrees.dp)
-        self.eod_id = self.text.eod_id if data.document_mask != "none" else None  # None: documents are not told apart
+        masked, end = data.document_mask != "none", self.text.documents["eod_id"]
+        self.eod_id = end if masked else None  # None: documents are not told apart
         if config.validation.enable:
             self.held_out = HeldOut(config.validation, data, config.training.seq_len)
         self.tokenizer = load_tokenizer(assets) if config.sampling.freq and assets else None
@@ -165,6 +168,8 @@ class Trainer:
         restored = restored or load_initial(
             self.config.checkpoint, self.shape, self.text.identity, config, *tensors, self.world
         )
+        if restored is not None:
+            self.past = past_of(restored.state, config, restored.goes_on)
         if restored is None or not restored.goes_on:
             self.metrics.resume_at(0)
         else:
@@ -325,20 +330,12 @@ class Trainer:
 
     def sample(self) -> None:
         """Print a continuation of each prompt."""
-        settings, files = self.config.sampling, self.tokenizer
-        assert files is not None  # check_runnable saw to it
-        for prompt in settings.prompts:
-            ids = torch.tensor(files.tokenizer.encode(prompt).ids)
-            with self.runner.evaluation(), uncompiled():
-                new = generate(
-                    self.runner.decoder(len(ids) + settings.max_new_tokens),
-                    ids.to(self.world.device),
-                    settings.max_new_tokens,
-                    temperature=settings.temperature,
-                    seed=self.config.debug.seed,
-                    stop_id=files.eod_id,
-                )
-            self.metrics.log_text(self.step, "sample", prompt + files.tokenizer.decode(new))
+        assert self.tokenizer is not None  # check_runnable saw to it
+        config, ends = self.config, self.text.documents
+        stops = [ends["eod_id"], *self.past.eos_ids()]
+        device, seed = self.world.device, config.debug.seed
+        for text in samples(config.sampling, self.tokenizer, self.runner, device, seed, ends["bos_id"], stops):
+            self.metrics.log_text(self.step, "sample", text)
 
     def save(self, last: bool = False) -> None:
         """Save a checkpoint of this step; `last`: of the whole run. Raises UserError if its folder is another's."""
@@ -355,9 +352,11 @@ class Trainer:
             "scaler": self.scaler.state(),
             "loader": self.text.state(world.gather, world.dp_rank),
             "data": self.text.identity,
+            "documents": self.text.documents,
+            "computed_in": str(compute_dtype(world.device, self.config.training)).removeprefix("torch."),
             "model": asdict(self.shape),
             "config": self.config.model_dump(mode="json"),
-        }
+        } | self.past.state()
         self.checkpointer.save(self.step, *self._tensors(), state, last, ending=self.stopped)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -399,7 +399,7 @@ def test_the_generate_command(run: Path, tiny_data: TinyData) -> None:
     saved, tokenizer = load_model(run), Tokenizer.from_file(f"{tiny_data.tokenizer}/tokenizer.json")
     prompt = torch.tensor(tokenizer.encode("the rain").ids)
     decoder = CachedDecoder(saved.model, saved.shape.n_layers, len(prompt) + 12)
-    new = generate(decoder, prompt, 12, temperature=0, stop_id=1)
+    new = generate(decoder, prompt, 12, temperature=0, stop_ids=[1])
     assert done.stdout == "the rain" + tokenizer.decode(new) + "\n"
     assert run_python(script, *options, "--top-k", "1").stdout == done.stdout
 

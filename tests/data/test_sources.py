@@ -21,6 +21,7 @@ from titanling.data.sources import (
     identity,
     open_sources,
     prefixes_of,
+    read_words,
 )
 from titanling.data.trace import pieces, samples_of_step, sights
 from titanling.errors import UserError
@@ -162,7 +163,19 @@ def test_what_a_run_reads_is_said(mixed: MixedSource) -> None:
     assert lines[0] == "data: 3 sources; their shares change at step 3, step 6.25"
     assert lines[2].split() == "b 0.00 % → 75.00 % → 25.00 % of 80 tokens, read".split() + lines[2].split()[-4:]
     for line, epochs in zip(lines[1:], mixed.epochs(800), strict=True):
-        assert line.endswith(f"read {epochs:.2f} times in all")
+        assert line.endswith(read_words(epochs))
+
+
+def test_how_often_a_source_is_read_is_never_said_to_be_0_times() -> None:
+    words = {
+        0: "not read",
+        0.0004: "read 0.0004 times",
+        0.034: "read 0.034 times",
+        0.1: "read 0.10 ",
+        12: "read 12.00 ",
+    }
+    for epochs, said in words.items():
+        assert read_words(epochs).startswith(said)
 
 
 def test_stages_that_cut_sequences_into_rows(root: Path) -> None:

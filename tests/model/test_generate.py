@@ -106,10 +106,10 @@ def _restrict(probabilities: list[float], top_k: int, top_p: float) -> list[floa
 
 def test_stops_before_the_stop_token() -> None:
     stop = GREEDY[6]
-    assert sample(temperature=0, stop_id=stop) == GREEDY[: GREEDY.index(stop)]
-    assert sample(temperature=0, stop_id=GREEDY[0]) == []
+    assert sample(temperature=0, stop_ids=[stop]) == GREEDY[: GREEDY.index(stop)]
+    assert sample(temperature=0, stop_ids=[GREEDY[0]]) == []
     unseen = next(i for i in range(SHAPE.vocab_size) if i not in GREEDY)
-    assert sample(temperature=0, stop_id=unseen) == GREEDY
+    assert sample(temperature=0, stop_ids=[unseen]) == GREEDY
 
 
 def test_length() -> None:

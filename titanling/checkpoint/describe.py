@@ -60,7 +60,7 @@ def _run_facts(state: dict[str, Any]) -> dict[str, str]:
         "best": f"validation loss {best['val_loss']:.4f} at step {best['step']:,}" if best else "not validated",
         "optimizer": f"{optimizer['name']}, lr {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}",
         "batch": f"{sequences if sequences > 0 else 'local'} × {training['seq_len']} tokens",
-        "computed in": training["mixed_precision_param"],
+        "computed in": state.get("computed_in") or f"{training['mixed_precision_param']}, where the device can",
         "layout": _layout_words(config["parallelism"]),
         "data": "; ".join(f"{name}, {_files_words(files)}" for name, files in data["sources"].items())
         + f"; seed {data['seed']}",

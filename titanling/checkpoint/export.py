@@ -3,36 +3,29 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from titanling.checkpoint import folder
-from titanling.checkpoint.hf_folder import CONFIG, INDEX, WEIGHTS, open_hf_folder
+from titanling.checkpoint.hf_folder import INDEX, WEIGHTS, open_hf_folder
+from titanling.checkpoint.hf_json import CONFIG, GENERATION
 from titanling.checkpoint.loading import Opened, open_checkpoint
 from titanling.checkpoint.model_card import model_card
 from titanling.checkpoint.names import tensor_shapes
+from titanling.checkpoint.origin import exported_configs, origin_of
+from titanling.checkpoint.phases import longest_of_all
 from titanling.checkpoint.shards import Shards
 from titanling.checkpoint.stream import Target, compare, plan_files, sizes_of, write_target
 from titanling.checkpoint.team import Team
-from titanling.checkpoint.weights import find_tokenizer, open_weights, setting, verified
+from titanling.checkpoint.tokenizer_files import TokenizerExport, export_tokenizer
+from titanling.checkpoint.weights import find_tokenizer, open_weights, setting, text_ends, verified
 from titanling.errors import UserError
-from titanling.model.hf import to_hf_config
 
 MAX_SHARD_SIZE = "5GB"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 class Plan(NamedTuple):
@@ -43,7 +36,7 @@ class Plan(NamedTuple):
     targets: list[Target]
     texts: dict[str, str]
     """Further files by name."""
-    tokenizer: Path
+    tokenizer: TokenizerExport
     total_bytes: int
 
 
@@ -63,11 +56,13 @@ def export_to_hf(
     dtype: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     verify: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Write weights, config.json, generation_config.json, tokenizer and README.md; return the names of the files.
 
     `tokenizer` is the run's own by default; `dtype` the one that each weight was saved in. The output appears only when
     it is whole; with `verify`, only after every tensor has been read back. Under torchrun the processes share the work.
+    What is changed on the way is said through `say`.
     Raises UserError for a damaged checkpoint, a missing tokenizer, an output that exists or that cannot be written.
     """
     output = output.resolve()  # "." has no name to put .partial behind
@@ -90,7 +85,10 @@ def export_to_hf(
         if team.rank == 0:
             folder.discard(partial)
     team.leave()
-    return sorted([*(target.path.name for target in plan.targets), *plan.texts, *_tokenizer_files(plan.tokenizer)])
+    if team.rank == 0:
+        for line in plan.tokenizer.lines:
+            say(line)
+    return sorted([*(target.path.name for target in plan.targets), *plan.texts, *plan.tokenizer.names])
 
 
 def _refuse_output(checkpoint: Path, output: Path) -> None:
@@ -107,21 +105,23 @@ def _plan(checkpoint: Path, partial: Path, tokenizer: Path | None, dtype: str | 
     except UserError:
         with verified(opened):  # a hash names the bad file better than what reading it stumbled over
             raise
-    directory, files = find_tokenizer(opened.state, shape, tokenizer)
+    _, files = find_tokenizer(opened.state, shape, tokenizer)
+    ends = text_ends(opened.state, files)
+    trained = "converted_from" not in opened.state
     dtypes = {name: getattr(torch, dtype) if dtype else shards.dtype(name) for name in tensor_shapes(shape)}
     sizes = sizes_of(shards, dtypes)
     plan = plan_files(sizes, limit)
     paths = [partial / name for name in _file_names(len(plan))]
     targets = [Target(path, {name: dtypes[name] for name in part}, {}) for path, part in zip(paths, plan, strict=True)]
     dtype_name = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
-    seq_len = setting(opened.state, "training.seq_len")
-    config = to_hf_config(shape, seq_len, dtype_name, files.bos_id, files.eod_id)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    texts = {CONFIG: _json(config), "generation_config.json": _json(generation)}
+    setting(opened.state, "training.seq_len")
+    longest, origin = longest_of_all(opened.state), origin_of(opened.state)
+    config, generation = exported_configs(shape, dtype_name, longest, origin, ends.bos_id, files.bos_id, ends.stop_ids)
+    texts = {CONFIG: _json(config), GENERATION: _json(generation)}
     texts["README.md"] = model_card(opened.state, shape, dtype_name)
     if len(targets) > 1:
         texts[INDEX] = _json(_index(targets, sizes, shape.total_params))
-    return Plan(opened, shards, targets, texts, directory, sum(sizes.values()))
+    return Plan(opened, shards, targets, texts, export_tokenizer(files, ends.bos_id, trained), sum(sizes.values()))
 
 
 def _file_names(count: int) -> list[str]:
@@ -169,8 +169,7 @@ def _finish(plan: Plan, partial: Path, output: Path, verify: bool) -> None:
     try:
         for name, text in plan.texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for name in _tokenizer_files(plan.tokenizer):
-            shutil.copyfile(plan.tokenizer / name, partial / name)
+        plan.tokenizer.write(partial)
         for path in (*partial.iterdir(), partial):
             folder.sync(path)
         if verify:
@@ -181,10 +180,6 @@ def _finish(plan: Plan, partial: Path, output: Path, verify: bool) -> None:
         folder.sync_parents(output)
     except OSError as error:
         raise _cannot_write(output, error) from None
-
-
-def _tokenizer_files(directory: Path) -> list[str]:
-    return [name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:

@@ -1,10 +1,9 @@
 """A Hugging Face model directory, read as it is: JSON and safetensors only, and no file outside of it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from titanling.checkpoint.folder import renames
+from titanling.checkpoint.borrowed import own_file
+from titanling.checkpoint.hf_json import CONFIG, MOST_CONFIG, MOST_JSON, read_hf_json
 from titanling.checkpoint.names import check_tensors
 from titanling.checkpoint.shards import Shards
 from titanling.checkpoint.stream import equal
@@ -12,7 +11,6 @@ from titanling.errors import UserError
 from titanling.model.hf import from_hf_config
 from titanling.model.presets import LlamaShape
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -24,7 +22,7 @@ def open_hf_folder(folder: Path) -> tuple[LlamaShape, Shards]:
     Raises UserError, naming file, field or tensor, if it is damaged, names files outside of itself, has no weights in
     safetensors, or holds a model that ours cannot represent or other tensors than the model's.
     """
-    config = read_hf_json(folder / CONFIG)
+    config = read_hf_json(folder / CONFIG, MOST_CONFIG)
     try:
         shape = from_hf_config(config)
     except UserError as error:
@@ -41,26 +39,11 @@ def open_hf_folder(folder: Path) -> tuple[LlamaShape, Shards]:
     return shape, shards
 
 
-def read_hf_json(path: Path) -> dict[str, Any]:
-    """Read one of the directory's JSON objects. Raises UserError if it is missing, a link, or malformed."""
-    _refuse_link(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a Hugging Face model directory has one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
-
-
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / WEIGHTS, folder / INDEX
-    if single.exists() or single.is_symlink():
-        _refuse_link(single)
+    if own_file(single) is not None:
         return [single]
-    if index.exists():
+    if own_file(index, MOST_JSON) is not None:
         return _indexed_files(folder, index)
     pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")), None)
     if pickled is not None:
@@ -81,8 +64,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
             raise UserError(f"{index}: names {name!r}, which is not a file beside it; do not trust this directory")
         if not name.endswith(".safetensors"):
             raise UserError(f"{index}: names {name!r}; weights are read from .safetensors only")
-        _refuse_link(folder / name)
-        if not (folder / name).is_file():
+        if own_file(folder / name) is None:
             raise UserError(f"{folder / name}: no such file, but {INDEX} names it")
         wanted, found = {tensor for tensor, file in places.items() if file == name}, Shards(folder, [folder / name])
         stray = next(iter(sorted(wanted ^ set(found.names()))), None)
@@ -90,10 +72,3 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
             verb = "holds no" if stray in wanted else "holds a"
             raise UserError(f"{folder / name}: {verb} tensor {stray}, other than {INDEX} says")
     return [folder / name for name in sorted(set(places.values()))]
-
-
-def _refuse_link(path: Path) -> None:
-    if renames(path) and path.is_symlink():
-        raise UserError(f"{path}: is a link, which is not followed; copy the directory with cp -rL and give the copy")
-    if renames(path) and path.exists() and not path.is_file():  # a pipe would keep its reader waiting for ever
-        raise UserError(f"{path}: is no regular file")

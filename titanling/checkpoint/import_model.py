@@ -11,11 +11,14 @@ import torch
 
 from titanling.checkpoint import folder
 from titanling.checkpoint.foreign import what_it_is
-from titanling.checkpoint.hf_folder import CONFIG, open_hf_folder, read_hf_json
+from titanling.checkpoint.hf_folder import open_hf_folder
+from titanling.checkpoint.hf_json import CONFIG
 from titanling.checkpoint.megatron import open_megatron
 from titanling.checkpoint.names import tensor_shapes
+from titanling.checkpoint.origin import Origin, hf_origin
 from titanling.checkpoint.shards import SHARDING
 from titanling.checkpoint.stream import Source, Target, plan_files, sizes_of, write_target
+from titanling.checkpoint.tokenizer_files import tokenizer_names
 from titanling.config.schema import Config
 from titanling.errors import UserError
 from titanling.model.presets import OPTIONS, PRESETS, SIZES, LlamaShape
@@ -32,6 +35,8 @@ class Imported(NamedTuple):
     shape: LlamaShape
     model_table: dict[str, Any] | None
     """The [model] table of a config for this model; None if no config can name its RoPE scaling."""
+    tokenizer: Path | None = None
+    """Directory of its tokenizer."""
 
 
 def import_hf(directory: Path, output: Path) -> Imported:
@@ -44,13 +49,11 @@ def import_hf(directory: Path, output: Path) -> Imported:
     if directory.exists() and not whole and (what := what_it_is(directory)):
         raise UserError(f"{directory}: is no Hugging Face directory: it {what}")
     shape, shards = open_hf_folder(directory)
-    config = read_hf_json(directory / CONFIG)
-    positions = config.get("max_position_embeddings")
-    kind = "Qwen3ForCausalLM" if shape.qk_norm else "LlamaForCausalLM"
-    tokenizer = directory if (directory / "tokenizer.json").is_file() else None
-    seq_len = positions if isinstance(positions, int) and positions > 0 else 2048
+    origin = hf_origin(directory, shape)
+    tokenizer = directory if "tokenizer.json" in tokenizer_names(directory) else None
+    seq_len = origin.get("max_positions", 2048)
     with held("--output", output):
-        return _write(shards, shape, output, _config(shape, shards, seq_len, tokenizer), f"Hugging Face ({kind})")
+        return _write(shards, shape, output, _config(shape, shards, seq_len, tokenizer), origin)
 
 
 def import_megatron(
@@ -67,8 +70,9 @@ def import_megatron(
     naming the first tensor that is missing, has no place in the model, or is of another shape than `shape` demands.
     """
     shape, source = open_megatron(directory, shape, vocab_size)
+    origin = {"from": "Megatron-core", "max_positions": seq_len}
     with held("--output", output):
-        return _write(source, shape, output, _config(shape, source, seq_len, tokenizer), "Megatron-core")
+        return _write(source, shape, output, _config(shape, source, seq_len, tokenizer), origin)
 
 
 def _config(shape: LlamaShape, source: Source, seq_len: int, tokenizer: Path | None) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def _model_table(shape: LlamaShape) -> dict[str, Any] | None:
     return min(tables, key=len, default=None)
 
 
-def _write(source: Source, shape: LlamaShape, output: Path, config: dict[str, Any], origin: str) -> Imported:
+def _write(source: Source, shape: LlamaShape, output: Path, config: dict[str, Any], origin: Origin) -> Imported:
     final = folder.step_folder(output, 0)
     if final.exists():
         raise UserError(f"{final}: exists already; give another --output or remove it")
@@ -123,7 +127,8 @@ def _write(source: Source, shape: LlamaShape, output: Path, config: dict[str, An
     finally:
         if folder.renames(final):
             folder.discard(working)
-    return Imported(final, shape, _model_table(shape))
+    tokenizer = config["model"]["hf_assets_path"]
+    return Imported(final, shape, _model_table(shape), None if tokenizer is None else Path(tokenizer))
 
 
 def _check_space(working: Path, needed: int) -> None:
@@ -132,13 +137,14 @@ def _check_space(working: Path, needed: int) -> None:
         raise UserError(f"{working.parent}: needs {needed:,} bytes and the disk has {free:,} free; free some space")
 
 
-def _state(shape: LlamaShape, config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _state(shape: LlamaShape, config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
     return {
         "format": 1,
         "step": 0,
         "tokens_seen": 0,
         "model_only": True,
-        "converted_from": origin,
+        "converted_from": origin["from"],
+        "origin": origin,
         "model": asdict(shape),
         "config": config,
     }

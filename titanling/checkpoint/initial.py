@@ -11,6 +11,7 @@ from titanling.checkpoint import folder, remote
 from titanling.checkpoint.foreign import what_it_is
 from titanling.checkpoint.hf_folder import open_hf_folder
 from titanling.checkpoint.loading import Restored, agreed, load_checkpoint, open_checkpoint, read_tensors
+from titanling.checkpoint.origin import hf_origin
 from titanling.checkpoint.resume import check_model, check_resumable
 from titanling.config.schema import Checkpoint
 from titanling.errors import UserError
@@ -93,7 +94,7 @@ def _from_hugging_face(settings: Checkpoint, path: Path, shape: dict[str, Any], 
     theirs = asdict(their_shape)
     check_model(path, theirs, _but_dropout(theirs, shape), REMEDY)
     read_tensors(shards, model)
-    return Restored(f"started from the weights of {path}", {}, [], goes_on=False)
+    return Restored(f"started from the weights of {path}", {"origin": hf_origin(path, their_shape)}, [], goes_on=False)
 
 
 def _but_dropout(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

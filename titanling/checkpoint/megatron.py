@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titanling.checkpoint.borrowed import own_file
 from titanling.checkpoint.names import FLOATS, Shapes, tensor_shapes
 from titanling.checkpoint.shards import Shards, as_bytes
 from titanling.errors import UserError
@@ -133,7 +134,7 @@ def open_megatron(directory: Path, shape: LlamaShape, vocab_size: int | None = N
 
 
 def _open_ranks(directory: Path) -> list[RankTensors]:
-    files = sorted(directory.glob("*.safetensors"))
+    files = [path for path in sorted(directory.glob("*.safetensors")) if own_file(path) is not None]
     if not files:
         raise UserError(
             f"{directory}: has no .safetensors files; docs/checkpoints.md shows how to make them of a Megatron"

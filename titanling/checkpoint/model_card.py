@@ -4,25 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from titanling import __version__
+from titanling.checkpoint.origin import origin_of
+from titanling.checkpoint.phases import SETTINGS, look_up, phase_of
 from titanling.model.presets import LlamaShape
 
-SETTINGS = {
-    "sequence length": "training.seq_len",
-    "global batch, sequences": "training.global_batch_size",
-    "steps of the run": "training.steps",
-    "parameters held in": "training.dtype",
-    "computed in": "training.mixed_precision_param",
-    "optimizer": "optimizer.name",
-    "peak learning rate": "optimizer.lr",
-    "weight decay": "optimizer.weight_decay",
-    "warm-up, steps": "lr_scheduler.warmup_steps",
-    "decay": "lr_scheduler.decay_type",
-    "seed": "debug.seed",
-}
-DATA = {
-    "seed of the order": "data.seed",
-    "weights converted from": "converted_from",
-}
+DATA = {"seed of the order": "data.seed"}
 
 
 def model_card(state: Mapping[str, Any], shape: LlamaShape, dtype: str) -> str:
@@ -43,36 +29,40 @@ def model_card(state: Mapping[str, Any], shape: LlamaShape, dtype: str) -> str:
         "RoPE base": f"{shape.rope_theta:,.0f}",
         "type of the weights": dtype,
     }
-    sources = (_look_up(state, "data.sources") or {}).items()
+    sources = (look_up(state, "data.sources") or {}).items()
     data = {
         f"SHA-256 of the token files: {name}": files["bin_sha256"] for name, files in sources if "bin_sha256" in files
     }
-    data |= {label: _look_up(state, dotted) for label, dotted in DATA.items()}
-    run: dict[str, Any] = {}
-    if "converted_from" not in state:
-        run = {"step": state["step"], "tokens seen": f"{state['tokens_seen']:,}"}
-        run |= {label: _look_up(state["config"], dotted) for label, dotted in SETTINGS.items()}
+    data |= {label: look_up(state, dotted) for label, dotted in DATA.items()}
+    data["weights converted from"] = (origin_of(state) or {}).get("from")
+    phases = [] if "converted_from" in state else [*(state.get("phases") or []), phase_of(state)]
     family = "Qwen3" if shape.qk_norm else "Llama"
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     intro = f"# {family} model, {shape.total_params / 1e6:,.0f} M parameters\n\nExported by titanling {__version__}."
-    parts = [head, intro, _table("Model", model), _table("Training", run), _table("Data", data)]
+    parts = [head, intro, _table("Model", model), _table("Training", *map(_run, phases)), _table("Data", data)]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _look_up(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
+def _run(phase: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {"step": phase["step"], "tokens seen": f"{phase['tokens_seen']:,}", "computed in": phase["computed_in"]}
+    return facts | {label: phase["settings"].get(key) for label, key in SETTINGS.items()}
 
 
-def _table(title: str, facts: Mapping[str, Any]) -> str:
-    """Facts that are known, as a Markdown table; nothing if there are none."""
-    rows = [f"| {label} | {_plain(value)} |" for label, value in facts.items() if value is not None]
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *rows]) if rows else ""
+def _table(title: str, *columns: Mapping[str, Any]) -> str:
+    """Facts that are known, as a Markdown table with a column for each phase; nothing if there are none."""
+    labels = [label for label in (columns[0] if columns else {}) if any(facts[label] is not None for facts in columns)]
+    if not labels:
+        return ""
+    heads = [f"phase {number}" for number in range(1, len(columns) + 1)] if len(columns) > 1 else [""]
+    rows = [["", *heads], ["---"] * (len(columns) + 1)]
+    rows += [[label, *(_plain(facts[label]) for facts in columns)] for label in labels]
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _plain(value: Any) -> str:
     """On one line, without a character that Markdown or a terminal would take for more than text."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "".join(c for c in " ".join(str(value).split()) if c.isprintable() and c not in "|<>[]`\\")[:100]

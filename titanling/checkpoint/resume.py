@@ -23,6 +23,8 @@ def check_resumable(
     # Concat: as it was before there was a choice, and as streams are.
     both = ({"packing": "concat"} | each for each in (state["data"], data))
     before, now = (_read_so_far(each, state["tokens_seen"]) for each in both)
+    if "eod_id" not in before:  # a state from before streams said so
+        now.pop("eod_id", None)
     if before["stages"] != now["stages"]:
         raise UserError(
             f"{path}: data.stages: up to step {state['step']:,} it read {_stages(before)}, and this config says"

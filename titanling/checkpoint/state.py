@@ -21,6 +21,8 @@ STATE_TYPES: dict[str, Any] = {
 }
 LATER_TYPES: dict[str, Any] = {"empty_steps": int, "skipped_in_a_row": int, "trunk_ends": list}
 """What earlier versions did not write; absent, it is nothing."""
+OPTIONAL_TYPES: dict[str, Any] = {"documents": dict, "phases": list, "origin": dict}
+"""Earlier versions wrote none of these."""
 WEIGHTS_STATE = ("step", "tokens_seen", "model", "config")
 """What is needed of the state where there are only weights."""
 COUNTABLE = 2**63
@@ -35,6 +37,7 @@ def read_state(checkpoint: Path, manifest: dict[str, dict[str, Any]]) -> dict[st
         raise UserError(problem)
     state = folder.read_json(checkpoint / folder.STATE)
     wrong = _unusable(state, WEIGHTS_STATE if state.get("model_only") is True else STATE_TYPES)
+    wrong += [key for key, type_ in OPTIONAL_TYPES.items() if not isinstance(state.get(key, type_()), type_)]
     if wrong:
         raise UserError(f"{checkpoint / folder.STATE}: has no usable {', '.join(wrong)}; titanling did not write it")
     return state

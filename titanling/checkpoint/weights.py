@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from titanling.checkpoint import folder
 from titanling.checkpoint.loading import Opened, open_checkpoint, read_tensors
 from titanling.checkpoint.names import check_tensors, saved_shape
+from titanling.checkpoint.origin import eos_ids, origin_of
 from titanling.checkpoint.shards import THREADS, Shards
 from titanling.data.prepare.tokenizer import TokenizerFiles, load_tokenizer
 from titanling.errors import UserError
@@ -80,10 +81,38 @@ def setting(state: dict[str, Any], dotted: str) -> Any:
         raise UserError(f"{folder.STATE}: its config has no {dotted}; it was not written by titanling") from None
 
 
+class TextEnds(NamedTuple):
+    """How a text of a saved model begins and ends."""
+
+    bos_id: int | None
+    """Before each document of its training text; None: nothing."""
+    stop_ids: list[int]
+    """Each of them ends a text; the first one ended those of its training."""
+
+
+def text_ends(state: dict[str, Any], files: TokenizerFiles) -> TextEnds:
+    """What training or, of a model that is only converted, its tokenizer says of the text's ends.
+
+    State from before training text could begin with anything says nothing, and its text did not. Raises UserError if
+    the tokenizer lacks the token.
+    """
+    documents = state.get("documents") or {}
+    bos_id = documents.get("bos_id")
+    if not documents and "converted_from" in state and files.adds_bos:
+        bos_id = files.bos_id
+    if bos_id is not None and files.tokenizer.id_to_token(bos_id) is None:
+        raise UserError(
+            f"{files.folder}: has no token {bos_id}, with which each document of the training text begins; give the"
+            " tokenizer that the model was trained with, --tokenizer"
+        )
+    stops = [documents.get("eod_id", files.eod_id), files.eod_id, *eos_ids(origin_of(state))]
+    return TextEnds(bos_id, list(dict.fromkeys(stops)))
+
+
 def find_tokenizer(state: dict[str, Any], shape: LlamaShape, given: Path | None) -> tuple[Path, TokenizerFiles]:
     """The tokenizer to use with a saved model, and its directory: the given one, else the run's.
 
-    Raises UserError if there is none, or if it has more tokens than the model.
+    Raises UserError if there is none, if it has more tokens than the model, or if the run's own has changed since.
     """
     directory = given or setting(state, "model.hf_assets_path")
     if directory is None:
@@ -96,5 +125,11 @@ def find_tokenizer(state: dict[str, Any], shape: LlamaShape, given: Path | None)
         raise UserError(
             f"{directory}: has {files.vocab_size} tokens, the model only {shape.vocab_size}; give the tokenizer"
             " that it was trained with, --tokenizer"
+        )
+    trained_with = (state.get("documents") or {}).get("tokenizer_sha256")
+    if given is None and trained_with not in (None, files.sha256):
+        raise UserError(
+            f"{directory}/tokenizer.json: has changed since the training text was made with it; give the folder of the"
+            f" former with --tokenizer; --tokenizer {directory} takes this one all the same"
         )
     return directory, files

@@ -718,6 +718,9 @@ class Prepare(Table):
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
     validation_fraction: float = Field(0.01, gt=0, lt=1)
     """Share of the documents, chosen by hash of their text, kept for validation."""
+    add_bos: bool = False
+    """Begin each document with the tokenizer's bos_token. Generation and export do the same then, and streamed sources
+    too. All files of a run must be alike in it."""
     backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
     """What encodes the text. "auto": gigatoken, many times faster, if it is installed (extra: `gigatoken`) and gives
     the ids of tokenizers on a sample of the text; else tokenizers. The files are the same."""
@@ -806,6 +809,9 @@ class Data(Table):
     eod_id: int | None = Field(None, ge=0)
     """Id of the token that ends a document. Needed only where token files do not say, which are those of others: .ds,
     .npy, and .bin/.idx without a .json."""
+    bos_id: int | None = Field(None, ge=0)
+    """Id of the token that begins each document, for the token files of others. Unset: the tokenizer's bos_token, if
+    samples of the documents begin with it; else none."""
     npy_dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the tokens in .npy files that have no header."""
     document_mask: Literal["none", "causal"] = "none"

@@ -196,7 +196,13 @@ class IndexedWriter:
         return len(self._lengths)
 
     def sidecar(
-        self, tokenizer_sha256: str, eod_id: int, utf8_bytes: int, source: str, ids_sha256: str | None = None
+        self,
+        tokenizer_sha256: str,
+        eod_id: int,
+        utf8_bytes: int,
+        source: str,
+        ids_sha256: str | None = None,
+        bos_id: int | None = None,
     ) -> "Sidecar":
         """The sidecar of the pair, once it is written."""
         tokens = int(self._counts.sum())
@@ -205,6 +211,7 @@ class IndexedWriter:
             tokenizer_sha256=tokenizer_sha256,
             vocab_size=self.vocab_size,
             eod_id=eod_id,
+            bos_id=bos_id,
             documents=self.num_documents,
             tokens=tokens,
             utf8_bytes=utf8_bytes,
@@ -269,6 +276,8 @@ class Sidecar(BaseModel):
     """Every token id is below this."""
     eod_id: int = Field(ge=0)
     """Closes each document."""
+    bos_id: int | None = Field(None, ge=0)
+    """Begins each document; None: no such token does."""
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)
     """Tokens, end-of-document tokens included."""

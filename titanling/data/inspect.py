@@ -58,6 +58,13 @@ def verify(prefix: str) -> Sidecar:
     if wrong.any():
         document = int(wrong.argmax())
         raise UserError(f"{prefix}: document {document} does not end with token {sidecar.eod_id}; prepare it again")
+    if sidecar.bos_id is not None:
+        wrong = (tokens[last - lengths + 1] != sidecar.bos_id) | (lengths < 2)
+        if wrong.any():
+            document = int(wrong.argmax())
+            raise UserError(
+                f"{prefix}: document {document} does not begin with token {sidecar.bos_id}; prepare it again"
+            )
     if ended != sidecar.documents:
         raise UserError(
             f"{prefix}: {ended - sidecar.documents} end-of-document tokens stand within documents; prepare it again"

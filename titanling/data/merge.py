@@ -67,6 +67,10 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
         for key in ("tokenizer_sha256", "vocab_size", "eod_id"):
             if getattr(sidecar, key) != getattr(first, key):
                 raise UserError(f"{name}.json: {key} is not that of {filled[0]}.json; prepare both with one tokenizer")
+        if sidecar.bos_id != first.bos_id:
+            raise UserError(
+                f"{name}.json: bos_id is not that of {filled[0]}.json; prepare both with the same data.prepare.add_bos"
+            )
     report, lines = _merge_reports(inputs)
     with IndexedWriter(prefix, first.vocab_size) as writer:
         for name, sidecar in zip(filled, sidecars, strict=True):
@@ -76,7 +80,7 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
     ids = _merge_ids(prefix, dict(zip(filled, sidecars, strict=True)), lines)
     source = " ".join(dict.fromkeys(sidecar.source for sidecar in sidecars))
     size = sum(sidecar.utf8_bytes for sidecar in sidecars)
-    merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source, ids)
+    merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source, ids, first.bos_id)
     write_sidecar(prefix, merged)
     return merged, lines
 

@@ -191,6 +191,11 @@ def prefixes_of(data: Data, source: Source) -> list[str]:
     return [prefix for prefix in found if SHARD.sub("", prefix) not in found or not SHARD.search(prefix)]
 
 
+def all_prefixes(data: Data) -> list[str]:
+    """Prefixes of the token files of all sources. Raises UserError as `prefixes_of`."""
+    return [prefix for source in sources_of(data) for prefix in prefixes_of(data, source)]
+
+
 def open_sources(data: Data, seq_len: int, seed: int, sequences: int) -> MixedSource:
     """Open all files of a run; reads none of their tokens.
 
@@ -346,8 +351,15 @@ def describe(source: MixedSource, steps: int, sequences: int) -> list[str]:
     for place, (windows, epochs) in enumerate(zip(source.sources, source.epochs(steps * sequences), strict=True)):
         shares = shares_of(source.mixture, place)
         tokens = sum(dataset.num_tokens for dataset in windows.datasets)
-        lines.append(f"  {windows.name:<{width}}  {shares}  of {tokens:,} tokens, read {epochs:.2f} times in all")
+        lines.append(f"  {windows.name:<{width}}  {shares}  of {tokens:,} tokens, {read_words(epochs)}")
     return lines
+
+
+def read_words(epochs: float) -> str:
+    """How often a run reads a source, with two digits that are not 0."""
+    if not epochs:
+        return "not read"
+    return f"read {epochs:.2f} times in all" if epochs >= 0.1 else f"read {epochs:.2g} times in all"
 
 
 def lengths_of(mixture: Mixture, seq_len: int, sequences: int) -> list[str]:

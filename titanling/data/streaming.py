@@ -170,10 +170,12 @@ class Streams:
         self.workers = data.workers
         self._files = files
         self._seed, self._buffer, self._backend = seed, data.shuffle_buffer, data.prepare.backend
+        self.bos_id = tokenizer.document_bos() if data.prepare.add_bos else None
+        """What each document begins with, if anything."""
 
     def open(self, shard: int, shards: int, places: dict[str, list[int]]) -> list[Stream]:
         """Each source as one shard reads it, from its place, or from the beginning if `places` has none."""
-        encode = Encoder(self.tokenizer, self._backend)
+        encode = Encoder(self.tokenizer, self._backend, self.bos_id)
         return [
             Stream(
                 source,
@@ -195,6 +197,7 @@ class Streams:
             "seq_len": self.seq_len,
             "seed": self._seed,
             "tokenizer_sha256": self.tokenizer.sha256,
+            "eod_id": self.tokenizer.eod_id,
             "sources": {
                 source.name: {"kind": source.kind} | files.identity()
                 for source, files in zip(self.sources, self._files, strict=True)
@@ -205,7 +208,9 @@ class Streams:
                 "data.workers": self.workers,
                 "training.local_batch_size": local_batch_size,
                 "data.shuffle_buffer": self._buffer,
-            },
+            }
+            # Only where it is set: what was streamed before there was a choice says nothing of it.
+            | ({"data.prepare.add_bos": True} if self.bos_id is not None else {}),
         }
 
     def check_readable(self) -> None:

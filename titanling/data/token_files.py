@@ -18,6 +18,8 @@ from titanling.data.indexed import PREPARE_AGAIN, IndexedDataset, Sidecar, read_
 from titanling.data.raw import SUFFIXES, NumpyTokens, RawTokens, open_tokens
 from titanling.errors import UserError
 
+BEGINNINGS = 2
+"""Documents whose beginnings tell whether a token begins each."""
 SAMPLES, SAMPLE_TOKENS = 16, 4096
 """Pieces of a file whose ids are looked at."""
 END_BYTES = 1 << 20
@@ -32,6 +34,8 @@ class Facts(NamedTuple):
 
     tokens: int
     eod_id: int
+    bos_id: int | None = None
+    """What each document begins with; None: nothing does, or it is not known."""
     tokenizer_sha256: str | None = None
     """Of tokenizer.json; None: not known."""
     utf8_bytes: int | None = None
@@ -69,12 +73,12 @@ def facts(prefix: str, data: Data) -> Facts:
         return _known(read_sidecar(prefix))
     dataset = open_files(prefix, data)
     dataset.close()
-    return Facts(dataset.num_tokens, _eod_id(prefix, data))
+    return Facts(dataset.num_tokens, _eod_id(prefix, data), data.bos_id)
 
 
 def _known(sidecar: Sidecar) -> Facts:
     tokenizer, utf8_bytes, entropy = sidecar.tokenizer_sha256, sidecar.utf8_bytes, sidecar.unigram_entropy
-    return Facts(sidecar.tokens, sidecar.eod_id, tokenizer, utf8_bytes, entropy)
+    return Facts(sidecar.tokens, sidecar.eod_id, sidecar.bos_id, tokenizer, utf8_bytes, entropy)
 
 
 def check_files(prefix: str, data: Data, vocab_size: int, tokenizer_sha256: str | None) -> Facts:
@@ -98,7 +102,39 @@ def check_files(prefix: str, data: Data, vocab_size: int, tokenizer_sha256: str 
             f"data.eod_id = {data.eod_id}: {prefix}.json says that {found.eod_id} ends its documents; all files of"
             " a run must be of one tokenizer"
         )
+    if data.bos_id not in (None, found.bos_id):
+        says = "nothing" if found.bos_id is None else found.bos_id
+        raise UserError(f"data.bos_id = {data.bos_id}: {prefix}.json says that {says} begins its documents; unset it")
     return found
+
+
+def bos_of(prefix: str, data: Data, tokenizer_bos: int | None) -> int | None:
+    """Id of the token that begins each document of token files; None: nothing does, or it is not known.
+
+    Ours say so. Of those of others data.bos_id does, or it is `tokenizer_bos`, that of the run's tokenizer, if samples
+    of the documents begin with it. Raises UserError if they do not begin with data.bos_id.
+    """
+    if not is_foreign(prefix):
+        return read_sidecar(prefix).bos_id
+    wanted = tokenizer_bos if data.bos_id is None else data.bos_id
+    if wanted is None:
+        return None
+    dataset = open_files(prefix, data)
+    try:
+        tokens = _samples(dataset)
+    finally:
+        dataset.close()
+    # The first of the file, and what comes behind the end of another.
+    firsts = np.append(tokens[:, 1:][tokens[:, :-1] == _eod_id(prefix, data)], tokens[0, 0])
+    if data.bos_id is not None:
+        other = firsts[firsts != data.bos_id]
+        if len(other):
+            raise UserError(
+                f"data.bos_id = {data.bos_id}: a document of {tokens_path(prefix)} begins with {other[0]}; correct or"
+                " unset it"
+            )
+        return data.bos_id
+    return wanted if len(firsts) >= BEGINNINGS and (firsts == wanted).all() else None
 
 
 def hashes(prefix: str) -> dict[str, str]:
@@ -161,10 +197,15 @@ def _check_foreign(prefix: str, data: Data, vocab_size: int) -> None:
         dataset.close()
 
 
-def _check_ids(dataset: Tokens, data: Data, vocab_size: int) -> None:
-    path, count = tokens_path(dataset.prefix), min(SAMPLE_TOKENS, dataset.num_tokens)
+def _samples(dataset: Tokens) -> np.ndarray:
+    """Pieces spread evenly over a file, from its first token on: (pieces, tokens)."""
+    count = min(SAMPLE_TOKENS, dataset.num_tokens)
     starts = np.linspace(0, dataset.num_tokens - count, SAMPLES).astype(np.int64)
-    tokens = dataset.read_rows(np.unique(starts), count)
+    return dataset.read_rows(np.unique(starts), count)
+
+
+def _check_ids(dataset: Tokens, data: Data, vocab_size: int) -> None:
+    path, tokens = tokens_path(dataset.prefix), _samples(dataset)
     wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
     other = "uint32" if data.npy_dtype == "uint16" else "uint16"
     if len(wrong):

@@ -5,9 +5,10 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from titanling.config.schema import Data, Training
+from titanling.data.ends import ends_of
 from titanling.data.loader import Batch, build_loader
 from titanling.data.mixture import Mixture
-from titanling.data.sources import MixedSource, check_epochs, describe, identity, open_sources
+from titanling.data.sources import MixedSource, all_prefixes, check_epochs, describe, identity, open_sources
 from titanling.data.stream_loader import build_stream_loader
 from titanling.data.streaming import open_streams
 from titanling.data.token_files import facts
@@ -25,8 +26,9 @@ class TrainingText(NamedTuple):
     """Where its samples come from, and how they are cut into rows."""
     identity: dict[str, Any]
     """What that order depends on, for a checkpoint to be compared with."""
-    eod_id: int
-    """Of the token that ends a document."""
+    documents: dict[str, Any]
+    """What generation and export must know of the text: "eod_id" and "bos_id", of the tokens that end and begin each
+    document (None: nothing begins it), and "tokenizer_sha256" (None: not known). All JSON."""
     lines: list[str]
     """What the run says of it when it starts."""
 
@@ -84,13 +86,16 @@ def open_training_text(
         assert assets is not None  # check_runnable saw to it
         streams = open_streams(data, assets, seq_len, seed, sequences)
         loader = build_stream_loader(streams, batch, say, dp_rank, dp_world)
-        lines = streams.describe(sequences)
-        return TrainingText(
-            loader, None, streams.mixture, streams.identity(dp_world, batch), streams.tokenizer.eod_id, lines
-        )
+        files = streams.tokenizer
+        note = files.bos_note() if streams.bos_id is None else None
+        lines = [*streams.describe(sequences), *([f"data: {note}"] if note else [])]
+        documents = {"eod_id": files.eod_id, "bos_id": streams.bos_id, "tokenizer_sha256": files.sha256}
+        return TrainingText(loader, None, streams.mixture, streams.identity(dp_world, batch), documents, lines)
     source = open_sources(data, seq_len, seed, sequences)
     lines = describe(source, training.steps, sequences)
     lines += [f"data: {line}" for line in check_epochs(data, source, training.steps, sequences)]
-    eod_id = facts(source.sources[0].datasets[0].prefix, data).eod_id
+    prefixes = all_prefixes(data)
+    ends, said = ends_of(data, prefixes, assets)
+    documents = ends._asdict() | {"tokenizer_sha256": facts(prefixes[0], data).tokenizer_sha256}
     loader = build_loader(source, batch, dp_rank, dp_world, vocab_size)
-    return TrainingText(loader, source, source.mixture, identity(source), eod_id, lines)
+    return TrainingText(loader, source, source.mixture, identity(source), documents, lines + said)

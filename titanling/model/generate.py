@@ -1,6 +1,6 @@
 """Continuing a text, token by token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> list[int]:
-    """The ids that follow `prompt` (seq,) int64: at most `max_new_tokens`, ending before `stop_id`.
+    """The ids that follow `prompt` (seq,) int64: at most `max_new_tokens`, ending before any of `stop_ids`.
 
     `next_logits` has room for len(prompt) + max_new_tokens. temperature 0 is greedy. top_k keeps the k likeliest tokens
     (0: all); top_p keeps the smallest set of tokens whose probability reaches p (nucleus sampling, Holtzman et al.
@@ -46,7 +46,7 @@ def generate(
     while len(new) < max_new_tokens:
         logits = next_logits(tokens).double().cpu()
         token = _choose(logits, temperature, top_k, top_p, generator)
-        if token == stop_id:
+        if token in stop_ids:
             break
         new.append(token)
         tokens = torch.tensor([token], device=prompt.device)

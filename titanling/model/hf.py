@@ -21,7 +21,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def to_hf_config(
-    shape: LlamaShape, max_positions: int, dtype: str, bos_token_id: int | None, eos_token_id: int | None
+    shape: LlamaShape, max_positions: int, dtype: str, bos_token_id: int | None, eos_token_id: int | list[int] | None
 ) -> dict[str, Any]:
     """config.json of the model: Llama, or Qwen3 with QK-norm, which is the same arithmetic.
 

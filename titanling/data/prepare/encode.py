@@ -34,27 +34,29 @@ FIRST_PIECES, LATER_PIECES, PIECE_CHARACTERS = 64, 1, 1_000
 
 
 class Encoder:
-    """Encodes documents and closes each with the end-of-document token.
+    """Encodes documents, closes each with the end-of-document token and, with `bos_id`, begins each with that.
 
     `backend`: "tokenizers"; "gigatoken", or an error; "auto", which is gigatoken if it is installed, can run this
     tokenizer, and agrees with tokenizers on a sample of the first batch. A sample of every later batch is compared
     too (`UserError` if they differ: what was encoded before might be wrong). So the ids are those of tokenizers.
 
-    Attributes: `note`, a line that says why it is not gigatoken though that is installed, None otherwise;
-    `backend`, the one in use, once a batch was encoded; `vocab_size`, above every id.
+    Attributes: `marks`, how many tokens of a document are not its text; `note`, a line that says why it is not
+    gigatoken though that is installed, None otherwise; `backend`, the one in use, once a batch was encoded;
+    `vocab_size`, above every id.
     """
 
-    def __init__(self, files: TokenizerFiles, backend: str = "auto") -> None:
+    def __init__(self, files: TokenizerFiles, backend: str = "auto", bos_id: int | None = None) -> None:
+        self.marks = 1 if bos_id is None else 2
         self.note: str | None = None
         self.backend = backend
         self.vocab_size = files.vocab_size
-        self._eod_id = files.eod_id
+        self._eod_id, self._bos_id = files.eod_id, bos_id
         self._reference = _tokenizers(files.tokenizer)
         self._chosen: Backend | None = self._reference if backend == "tokenizers" else None
         self._tokenizer = files.tokenizer
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Token ids of the texts (at least one), the end-of-document token after each. Raises `UserError`."""
+        """Token ids of the texts (at least one), each closed, and begun. Raises `UserError`."""
         return self.close(*self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> tuple[Backend, Any]:
@@ -69,12 +71,16 @@ class Encoder:
         return self._chosen, self._chosen.encode(list(texts))
 
     def close(self, backend: Backend, encoded: Any) -> Encoded:
-        """The second part: the ids, each document closed."""
+        """The second part: the ids, each document closed, and begun."""
         documents = backend.ids(encoded)
-        lengths = documents.lengths + 1
-        ids = np.full(len(documents.ids) + len(lengths), self._eod_id, np.uint32)
+        lengths = documents.lengths + self.marks
+        ids = np.full(int(lengths.sum()), self._eod_id, np.uint32)
         is_text = np.ones(len(ids), bool)
-        is_text[np.cumsum(lengths) - 1] = False
+        ends = np.cumsum(lengths)
+        is_text[ends - 1] = False
+        if self._bos_id is not None:
+            is_text[ends - lengths] = False
+            ids[ends - lengths] = self._bos_id
         ids[is_text] = documents.ids
         return Encoded(ids, lengths)
 

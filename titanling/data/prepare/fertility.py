@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from titanling.data.prepare.sample import Sample
-from titanling.data.prepare.tokenizer import encode_plainly
+from titanling.data.prepare.tokenizer import encode_plainly, plain_ids
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def compare(tokenizers: Mapping[str, Tokenizer], sample: Sample, reference: str)
             words += len(text.split())
             size += len(text.encode())
             for name, tokenizer in tokenizers.items():
-                tokens[name] += len(tokenizer.encode(text, add_special_tokens=False))
+                tokens[name] += len(plain_ids(tokenizer, text))
         rows = {
             name: Fertility(count, count / max(1, words), count / max(1, size), count / max(1, tokens[reference]))
             for name, count in tokens.items()

@@ -21,10 +21,11 @@ def join_parts(
     before_sidecars: Callable[[], None] = lambda: None,
     may_be_empty: bool = False,
     with_ids: bool = False,
+    bos_id: int | None = None,
 ) -> dict[str, Sidecar | None]:
     """Write .bin/.idx/.json of each split (split → prefix) by copying the parts; return the sidecars.
 
-    With `with_ids`, .ids.jsonl too.
+    With `with_ids`, .ids.jsonl too. `bos_id` is what each document begins with, if anything.
 
     `before_sidecars` is called when only these are missing. Raises `UserError` if a split receives no document; then
     nothing is written. With `may_be_empty`, an empty file PREFIX.empty says so instead.
@@ -58,7 +59,7 @@ def join_parts(
     before_sidecars()
     written: dict[str, Sidecar | None] = dict.fromkeys(prefixes)
     for split, writer in writers.items():
-        written[split] = writer.sidecar(files.sha256, files.eod_id, utf8_bytes[split], source, names[split])
+        written[split] = writer.sidecar(files.sha256, files.eod_id, utf8_bytes[split], source, names[split], bos_id)
         write_sidecar(prefixes[split], written[split])
     for split in empty:
         with open(f"{prefixes[split]}.empty", "w") as file:

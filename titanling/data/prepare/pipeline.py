@@ -36,8 +36,10 @@ class Made:
     """Place of a filter in the list → what it has seen."""
 
 
-def new_job(settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, fraction: float) -> Job:
-    """The job that settings describe."""
+def new_job(
+    settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, fraction: float, bos_id: int | None = None
+) -> Job:
+    """The job that settings describe; `bos_id` is what each document begins with, if anything."""
     return Job(
         reading=reading_of(settings),
         stages=cut_into_stages(settings.filters),
@@ -46,6 +48,7 @@ def new_job(settings: Prepare, pieces: Sequence[Piece], tokenizer_dir: str, frac
         fraction=fraction,
         language=settings.language,
         workers=min(settings.workers or cores(), len(pieces)),
+        bos_id=bos_id,
     )
 
 
@@ -60,14 +63,16 @@ def settings_hash(settings: Prepare, pieces: Sequence[Piece], fraction: float) -
 
         outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
     used = settings.model_dump_json(include={"text_field", "id_field", "max_document_bytes", "language", "filters"})
-    return _hash(f"{used} {outside} {fraction}")
+    # Only where it is set: what was prepared before there was a choice keeps its hash.
+    return _hash(f"{used} {outside} {fraction}{' add_bos' if settings.add_bos else ''}")
 
 
 def fingerprint(settings: Prepare, settings_hash: str, files: TokenizerFiles) -> str:
     """Of all that pieces have in common."""
     # The backend too: who is told that one gives wrong ids sets another, and must not get the parts that it made.
     used = settings.model_dump_json(include={"skip_bad", "backend"})
-    return _hash(f"{PARTS_VERSION} {settings_hash} {used} {files.sha256} {files.eod_id}")
+    ends = f"{files.eod_id} {files.bos_id}" if settings.add_bos else str(files.eod_id)
+    return _hash(f"{PARTS_VERSION} {settings_hash} {used} {files.sha256} {ends}")
 
 
 def make_all(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from titanling.config.schema import Prepare
+from titanling.data.ends import check_ends
 from titanling.data.indexed import Sidecar, check_unused, file_sha256, read_sidecar
 from titanling.data.prepare.parts import remove_parts
 from titanling.data.prepare.readers import Reading, Span, read_texts, reading_of
@@ -100,6 +101,9 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
     done = {split: _finished(prefix, shard) for split, prefix in prefixes.items()}
     sidecars = {prefixes[split]: sidecar for split, sidecar in done.items() if isinstance(sidecar, Sidecar)}
     has_tokenizer = _check_tokenizer(tokenizer_dir, sidecars)
+    if sidecars:
+        check_ends(sidecars, tokenizer_dir)
+    _check_bos(settings, sidecars)
     lines = [
         f"{prefix}: exists, {sidecar.tokens:,} tokens made from {sidecar.source}, used as it is"
         for prefix, sidecar in sidecars.items()
@@ -124,7 +128,9 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
         if shard is not None:
             raise UserError(f"{tokenizer_dir}: has no tokenizer.json, and no shard can train it; train it first")
         lines.append(_train(_sample(files, reading_of(settings), fraction), settings.vocab_size, tokenizer_dir))
-    job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction)
+    bos_id, note = _bos(settings, tokenizer_dir)
+    lines += [note] if note else []
+    job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction, bos_id)
     return lines + _make(settings, job, pieces, settings_hash, missing, prefixes["training"], shard is not None)
 
 
@@ -164,6 +170,7 @@ def _make(
         lambda: report.write_report(name, found),
         may_be_empty=is_shard,
         with_ids=settings.id_field is not None,
+        bos_id=job.bos_id,
     )
     notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
     remove_parts(folder)
@@ -206,6 +213,26 @@ def _check_tokenizer(tokenizer_dir: str, done: dict[str, Sidecar]) -> bool:
                 f" or move {prefix}.bin, .idx and .json away to make them again"
             )
     return exists
+
+
+def _check_bos(settings: Prepare, done: dict[str, Sidecar]) -> None:
+    for prefix, sidecar in done.items():
+        if settings.add_bos != (sidecar.bos_id is not None):
+            was, remedy = f"with token {sidecar.bos_id}", "set it to true (--add-bos)"
+            if settings.add_bos:
+                was, remedy = "without a bos_token", "set it to false"
+            raise UserError(
+                f"data.prepare.add_bos = {str(settings.add_bos).lower()}: the documents of {prefix} begin {was};"
+                f" {remedy}, or prepare under another prefix"
+            )
+
+
+def _bos(settings: Prepare, tokenizer_dir: str) -> tuple[int | None, str | None]:
+    """What documents shall begin with, and what is to be said about it. Raises UserError: no such token."""
+    from titanling.data.prepare.tokenizer import load_tokenizer
+
+    files = load_tokenizer(tokenizer_dir)
+    return (files.document_bos(), None) if settings.add_bos else (None, files.bos_note())
 
 
 def _train(texts: Iterator[str], vocab_size: int, tokenizer_dir: str) -> str:

@@ -28,6 +28,59 @@ class TokenizerFiles:
     """Id of the tokenizer's eos_token, which closes each document."""
     bos_id: int | None
     """Id of its bos_token, if it has one."""
+    folder: str = "the tokenizer"
+    """Where it is."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer by itself begins a text with its bos_token; encoding here never does."""
+        asked = _settings(self.folder).get("add_bos_token")  # where it is said, transformers goes by it
+        does = self.tokenizer.encode("a").ids[:1] == [self.bos_id]
+        return self.bos_id is not None and (asked if isinstance(asked, bool) else does)
+
+    def document_bos(self) -> int:
+        """The id that documents begin with under data.prepare.add_bos. Raises `UserError` if it can have none."""
+        settings = os.path.join(self.folder, SETTINGS)
+        if self.bos_id is None:
+            raise UserError(
+                f"data.prepare.add_bos = true: {settings} names no bos_token of this tokenizer; add it, or set add_bos"
+                " = false"
+            )
+        if self.bos_id == self.eod_id:
+            raise UserError(
+                f"data.prepare.add_bos = true: in {settings} bos_token is eos_token, which stands between documents"
+                " anyway; set add_bos = false"
+            )
+        return self.bos_id
+
+    def bos_note(self) -> str | None:
+        """What to say of documents that begin without bos_token, if the tokenizer itself would begin them with it."""
+        if not self.adds_bos:
+            return None
+        return (
+            f"{self.folder}: by itself this tokenizer begins texts with its bos_token; these documents begin without it"
+            " (data.prepare.add_bos = true begins them so), and so will generation and export"
+        )
+
+    def encode_prompt(self, text: str, bos_id: int | None) -> list[int]:
+        """The ids of a text to be continued, as those of a document in training; never none.
+
+        `bos_id`: what documents began with there, if anything. Special tokens that the text writes out are taken as
+        such.
+        """
+        ids = plain_ids(self.tokenizer, text)
+        if bos_id is not None and ids[:1] != [bos_id]:
+            ids = [bos_id, *ids]
+        return ids or [self.eod_id]  # after which, in training, the next document begins
+
+    def continuation(self, prompt: list[int], new: list[int]) -> str:
+        """The text of ids that follow those of a prompt.
+
+        Both are decoded together and the prompt's text is cut off: by themselves they would lose the space that some
+        decoders strip from the beginning, and characters whose bytes are divided between the two.
+        """
+        before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *new])
+        return whole[len(os.path.commonprefix([before, whole])) :]
 
 
 def load_tokenizer(directory: str) -> TokenizerFiles:
@@ -37,18 +90,22 @@ def load_tokenizer(directory: str) -> TokenizerFiles:
     if eod_id is None:
         settings = os.path.join(directory, SETTINGS)
         raise UserError(f"{settings}: names no eos_token of this tokenizer, which must close each document; add it")
-    return TokenizerFiles(tokenizer, tokenizer_sha256(directory), vocabulary_size(tokenizer), eod_id, bos_id)
+    sha256, size = tokenizer_sha256(directory), vocabulary_size(tokenizer)
+    return TokenizerFiles(tokenizer, sha256, size, eod_id, bos_id, directory)
 
 
 def read_tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer.json of a directory. Raises `UserError`."""
+    """The tokenizer.json of a directory, which shall cut and pad nothing. Raises `UserError`."""
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; give the folder that holds it (model.hf_assets_path)")
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path}: not a tokenizer ({error}); give the folder of one (model.hf_assets_path)") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encode_plainly(tokenizer: Tokenizer) -> None:
@@ -56,6 +113,17 @@ def encode_plainly(tokenizer: Tokenizer) -> None:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text and of nothing else: no token that a template puts before or behind it."""
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def special_ids(directory: str) -> tuple[int | None, int | None]:
+    """Ids of a directory's eos_token and bos_token; None for what it does not name. Raises `UserError`."""
+    tokenizer = read_tokenizer(directory)
+    return _special_id(tokenizer, directory, "eos_token"), _special_id(tokenizer, directory, "bos_token")
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -84,12 +152,19 @@ def tokenizer_sha256(directory: str) -> str:
 
 
 def _special_id(tokenizer: Tokenizer, directory: str, key: str) -> int | None:
-    try:
-        token = json.loads(Path(directory, SETTINGS).read_text(encoding="utf-8"))[key]
-        token = token["content"] if isinstance(token, dict) else token
-    except (OSError, ValueError, KeyError, TypeError):
-        token = None
+    token = _settings(directory).get(key)
+    token = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+
+def _settings(directory: str) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing if it cannot be read."""
+    path = Path(directory, SETTINGS)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe never ends
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def _write_directory(directory: str, files: dict[str, str]) -> None:

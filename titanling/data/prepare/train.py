@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from titanling.data.prepare.bpe import train_bpe
-from titanling.data.prepare.tokenizer import save_tokenizer, vocabulary_size
+from titanling.data.prepare.tokenizer import plain_ids, save_tokenizer, vocabulary_size
 from titanling.errors import UserError
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -166,7 +166,7 @@ def _check_special_tokens(tokenizer: Tokenizer, special: list[str]) -> None:
     """A text that mentions a special token must be able to, without being taken for it."""
     tokenizer.encode_special_tokens = True
     for token in special:
-        if tokenizer.encode(token).ids == [tokenizer.token_to_id(token)]:
+        if plain_ids(tokenizer, token) == [tokenizer.token_to_id(token)]:
             raise UserError(
                 f"special token {token}: is also a word or character of the text, which would be taken for it; give"
                 f" another, such as <|{token.lower()}|>"

@@ -60,6 +60,8 @@ class Job:
     language: str | None
     """Of all text; without it, the names of the sources."""
     workers: int = 1
+    bos_id: int | None = None
+    """What each document begins with, if anything."""
 
 
 class Task(NamedTuple):
@@ -121,7 +123,7 @@ class Worker:
 
         if self._encode is None:
             self._files = self._files or load_tokenizer(self._job.tokenizer)
-            self._encode = Encoder(self._files, self._job.backend)
+            self._encode = Encoder(self._files, self._job.backend, self._job.bos_id)
         return self._encode
 
 
@@ -172,7 +174,7 @@ class _Making:
         keep = self._token_filter()
         for batch, encoded in encode_ahead(self._texts(ids), encode, self._job.workers):
             its = [ids.popleft() for _ in batch]
-            kept = keep(batch, encoded.lengths - 1)
+            kept = keep(batch, encoded.lengths - encode.marks)
             aside = np.array([fraction > 0 and is_validation(text, fraction) for text in batch])
             sizes = np.array([len(text.encode()) for text in batch])
             for split, chosen in zip(SPLITS, (kept & ~aside, kept & aside), strict=True):
