@@ -257,6 +257,16 @@ def test_checkpoints_outside_of_the_run_folder_have_one_owner_too(tmp_path: Path
     assert not (tmp_path / "a").exists() and list(shared.iterdir()) == []
 
 
+def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match="is a link to .*scratch, which is not there; make it or remove the link"):
+        take(tmp_path / "checkpoints")
+    assert not (tmp_path / "scratch").exists()
+    (tmp_path / "scratch").mkdir()  # as advised
+    take(tmp_path / "checkpoints").release()
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_what_changes_a_run_from_outside_asks_its_owner(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
     with held("checkpoint.folder", tmp_path), pytest.raises(UserError, match="another run has it"):

@@ -308,7 +308,10 @@ def open_place(folder: Path) -> Place:
     """The place of a folder, a path or universal_pathlib's. Makes a local one that is missing."""
     protocol = getattr(folder, "protocol", "")
     if isinstance(folder, Path) or protocol in ("file", "local"):
-        return LocalPlace(Path(os.path.realpath(getattr(folder, "path", folder))))
+        path = Path(getattr(folder, "path", folder))
+        if path.is_symlink() and not path.exists():  # a disk that is not mounted: no folder is made in its place
+            raise UserError(f"{path}: is a link to {os.readlink(path)}, which is not there; make it or remove the link")
+        return LocalPlace(Path(os.path.realpath(path)))
     return RemotePlace(folder)
 
 
