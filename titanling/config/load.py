@@ -117,8 +117,8 @@ def unknown_key(dotted: str) -> str:
     homes = [name for name, found in tables.items() if not table and key in found.model_fields]
     if homes:
         return f"{key} stands outside of any table; it belongs under [{homes[0]}]"
-    hint = _elsewhere(dotted) if table else _elsewhere(key)
-    return f"unknown table [{shorten(table or key)}]{hint or nearest(table or key, list(tables)) or HELP_LISTS}"
+    hint = f"; did you mean {dotted.lower()}?" if is_key(dotted.lower()) else nearest(table or key, list(tables))
+    return f"unknown table [{shorten(table or key)}]{hint or _elsewhere(dotted) or HELP_LISTS}"
 
 
 def _elsewhere(key: str, table: str = "") -> str:
