@@ -35,7 +35,7 @@ _NAMES = {
     _ACCUMULATION: "gradient_accumulation_steps gradient_accumulation_iters accumulate_grad_batches grad_accum"
     " gradient_accumulation accumulation_steps",
     _LENGTH: "max_seq_len max_seq_length max_length seq_length sequence_length block_size context_length n_ctx"
-    " max_position_embeddings encoder_seq_length seqlen max_model_len",
+    " max_position_embeddings encoder_seq_length max_model_len",
     _LR: "learning_rate max_lr peak_lr",
     _MINIMUM: "min_lr lr_min min_learning_rate",
     _STEPS: "max_steps train_iters max_iters num_steps train_steps num_train_steps num_training_steps iterations iters",
