@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     comparing = add("diff", "in what settings, state and tensors two checkpoints differ")
     comparing.add_argument("first", type=cli.path_or_url, metavar="A", help="a step-… folder")
     comparing.add_argument("second", type=cli.path_or_url, metavar="B", help="another one")
-    pruning = add("prune", "delete all but the newest checkpoints that verify, and the best by validation")
+    pruning = add(
+        "prune",
+        "delete all but the newest checkpoints that verify, the best by validation, and the last before a decay",
+    )
     pruning.add_argument("run", type=cli.path_or_url, help=run)
     pruning.add_argument("--keep", type=int, required=True, metavar="K", help="how many of the newest, at least 1")
     pruning.add_argument("--every", type=int, default=0, metavar="N", help="keep those of steps divisible by N too")
