@@ -87,6 +87,8 @@ class _AtWork(threading.Thread):
     def __init__(self, store: dist.Store) -> None:
         super().__init__(name="at work", daemon=True)
         self._store, self._beats, self._ended = store, store.clone(), threading.Event()
+        self.work = "data"
+        """What it works on, as the others see it."""
         self.start()
 
     def run(self) -> None:
@@ -95,7 +97,7 @@ class _AtWork(threading.Thread):
         with suppress(RuntimeError):  # the store is gone: the run is ending
             while not self._ended.wait(BEAT_SECONDS if beat else 0):
                 beat += 1
-                self._beats.set(AT_WORK, str(beat))
+                self._beats.set(AT_WORK, f"{self.work} {beat}")
 
     def stop(self) -> dist.Store:
         """End it; the store."""
@@ -127,6 +129,7 @@ def at_work(timeout: timedelta) -> Iterator[None]:
             told = [f"told {other}" for other in range(1, me.size)]
             _missing(store, told, time.monotonic() + FAREWELL_SECONDS)
         raise
+    showing.work = "joining"
     _early.append(showing)
 
 
@@ -230,7 +233,7 @@ def _await_outcome(place: Place, store: dist.Store) -> None:
             raise asking.error
         if asking.at_work:
             asking.at_work, deadline = False, now + patience  # until the next answer
-            if not said and now - started > SPEAKS_AFTER_SECONDS:
+            if not said and asking.work == "data" and now - started > SPEAKS_AFTER_SECONDS:
                 said = True
                 print(f"rank {place.rank} waits for rank 0, which prepares or checks the data", flush=True)
         if now > deadline:
@@ -253,7 +256,7 @@ class _Asking(threading.Thread):
         self._store = store
         self.word = ""
         """"outcome" or FAILED once it is there."""
-        self.at_work = False
+        self.at_work, self.work = False, ""
         self.error: RuntimeError | None = None
         self.start()
 
@@ -265,7 +268,7 @@ class _Asking(threading.Thread):
                 self.word = next((word for word in (FAILED, "outcome") if self._store.check([word])), "")
                 beat = self._store.get(AT_WORK) if self._store.check([AT_WORK]) else b""
                 if beat != seen:
-                    seen, self.at_work = beat, True
+                    seen, self.work, self.at_work = beat, beat.decode().partition(" ")[0], True
                 time.sleep(POLL_SECONDS)
         except RuntimeError as error:
             self.error = error
