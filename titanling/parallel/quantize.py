@@ -1,5 +1,7 @@
 """float8 linear layers through torchao."""
 
+import sys
+
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ class Float8Linear(Plan):
         try:
             import torchao.float8  # noqa: F401
         except ImportError:
-            raise UserError(f"{asked} needs torchao; install it: pip install 'titanling[float8]'") from None
+            raise UserError(f"{asked} needs torchao; install it: {sys.executable} -m pip install torchao") from None
 
     def apply(self, model: nn.Module, world: World) -> None:
         """In place: linear layers of the blocks become float8 ones of the same names and parameters."""
