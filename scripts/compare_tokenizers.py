@@ -11,7 +11,7 @@ environment.require()
 import argparse
 import json
 
-from titanling.cli import local_path, path_or_url, run
+from titanling.cli import add_format, local_path, path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -37,7 +37,8 @@ def main() -> None:
     )
     add("--reference", type=path_or_url, help="the tokenizer to which lengths are normalised (default: the first)")
     add("--max-bytes", type=float, default=1e7, help="text to read of each source (default: 1e7)")
-    add("--text-field", default="text", help="JSON lines, Parquet: key or column of the text (default: text)")
+    add_format(parser)
+    add("--text-field", default="text", help="JSON, CSV, Parquet, Arrow: key or column of the text (default: text)")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
     add("--seed", type=int, default=0, help="which pieces of a large source are taken (default: 0)")
     add("--json", metavar="OUT", type=local_path, help="also write the figures here")
@@ -55,7 +56,13 @@ def main() -> None:
     if len(set(names)) < len(names):
         raise UserError(f"{' '.join(names)}: a tokenizer is named twice; name each once")
     tokenizers = {name: read_tokenizer(name) for name in names}
-    reading = Reading(arguments.text_field, skip_bad=arguments.skip_bad)
+    reading = Reading(
+        arguments.text_field,
+        None,
+        skip_bad=arguments.skip_bad,
+        format=arguments.format or "auto",
+        document_separator=arguments.document_separator,
+    )
     sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed, True, reading)
     reports = compare(tokenizers, sample, reference)
     rows = [("source", "tokenizer", "tokens/word", "tokens/byte", "NSL")]

@@ -11,7 +11,7 @@ environment.require()
 import argparse
 import os
 
-from titanling.cli import path_or_url, run
+from titanling.cli import add_format, path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, folders or globs, as prepare_data.py --text")
     add("--output", type=path_or_url, required=True, help="folder to write; it appears when all is done")
+    add_format(parser)
     add("--text-field", default="text", help="key or column that holds the text (default: text)")
     add("--id-field", help="key or column of the documents' names, kept beside the text")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
@@ -76,7 +77,13 @@ def main() -> None:
         files = find_files(arguments.input)
     except UserError as error:  # it names the key of the config
         raise UserError(str(error).replace("data.prepare.text", "--input")) from None
-    reading = Reading(arguments.text_field, arguments.id_field, skip_bad=arguments.skip_bad)
+    reading = Reading(
+        arguments.text_field,
+        arguments.id_field,
+        skip_bad=arguments.skip_bad,
+        format=arguments.format or "auto",
+        document_separator=arguments.document_separator,
+    )
     settings = MinHash(arguments.n_grams, arguments.buckets, arguments.hashes, arguments.seed)
     output = arguments.output.rstrip("/")
     if arguments.slurm:

@@ -12,7 +12,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from titanling.cli import path_or_url, run
+from titanling.cli import add_format, path_or_url, run
 from titanling.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
         "--text",
         nargs="+",
         metavar="[NAME=]PATH",
-        help="files, folders or globs: .jsonl and .parquet (a document a line or row), others are a document each;"
-        ' .gz and .zst are unpacked; or "python-stdlib"',
+        help="files, folders or globs: JSON, CSV, Parquet, Arrow (a document a row), plain text (a document a file);"
+        ' gz, bz2, xz and zst are unpacked; or "python-stdlib"',
     )
     add("--output", type=path_or_url, required=True, help="folder to write to")
     add("--tokenizer", type=path_or_url, help="folder of a Hugging Face tokenizer to use instead of a new one")
@@ -55,8 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--shard", metavar="I/N", help='make only this share (from 1) of the text; "slurm": as the job array says')
     add("--vocab-size", type=int, help="size of a new tokenizer (default: 8192)")
     add("--validation-fraction", type=float, help="share of the documents kept aside (default: 0.01)")
-    add("--text-field", help="JSON lines, Parquet: key or column of the text (default: text)")
-    add("--id-field", help="JSON lines, Parquet: key or column of the documents' names, kept in .ids.jsonl")
+    add_format(parser)
+    add("--text-field", help="JSON, CSV, Parquet, Arrow: key or column of the text (default: text)")
+    add("--id-field", help="JSON, CSV, Parquet, Arrow: key or column of the documents' names, kept in .ids.jsonl")
     add("--max-document-bytes", type=int, help="refuse longer ones (default: 100,000,000)")
     add("--skip-bad", action="store_true", default=None, help="count what cannot be used instead of refusing it")
     add("--add-bos", action="store_true", default=None, help="begin each document with the tokenizer's bos_token")
@@ -85,7 +86,7 @@ def main() -> None:
     lines = prepare(
         settings,
         os.path.join(output, "train"),
-        os.path.join(output, "validation"),
+        os.path.join(output, "validation") if settings.validation_fraction else None,
         tokenizer or os.path.join(output, "tokenizer"),
         shard,
     )

@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 
-from titanling.cli import path_or_url, run
+from titanling.cli import add_format, path_or_url, run
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -55,7 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--character-coverage", type=float, help="byte-fallback: share of characters with tokens (default: 0.9995)")
     add("--model-max-length", type=int, help="as tokenizer_config.json says (default: 131072)")
     add("--max-bytes", type=float, default=1e8, help="size of the sample (default: 1e8)")
-    add("--text-field", default="text", help="JSON lines, Parquet: key or column of the text (default: text)")
+    add_format(parser)
+    add("--text-field", default="text", help="JSON, CSV, Parquet, Arrow: key or column of the text (default: text)")
     add("--skip-bad", action="store_true", help="leave out documents that cannot be read")
     add("--seed", type=int, default=0, help="which pieces of a large source are taken (default: 0)")
     return parser.parse_args()
@@ -76,7 +77,13 @@ def main() -> None:
     given = vars(arguments)
     settings = {name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None}
     recipe = Recipe(**settings | {"special_tokens": tuple(arguments.special_tokens or ())})
-    reading = Reading(arguments.text_field, skip_bad=arguments.skip_bad)
+    reading = Reading(
+        arguments.text_field,
+        None,
+        skip_bad=arguments.skip_bad,
+        format=arguments.format or "auto",
+        document_separator=arguments.document_separator,
+    )
     sample = Sample(parse_sources(arguments.source), arguments.max_bytes, arguments.seed, reading=reading)
     rows = [("source", "weight", "share", "text", "sampled")]
     for source, share, size, quota in zip(sample.sources, sample.shares, sample.bytes, sample.quotas, strict=True):

@@ -1,5 +1,6 @@
 """What every command does around its own work: user errors become one line and exit code 2."""
 
+import argparse
 import atexit
 import errno
 import os
@@ -63,6 +64,21 @@ def _me() -> Process:
     with suppress(UserError):
         return this_process()
     return Process()
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what files of text are: None where they are not given."""
+    parser.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl", "json", "csv", "parquet", "arrow"),
+        help="what all files of text are (default: auto, what each one's content shows)",
+    )
+    parser.add_argument(
+        "--document-separator",
+        type=lambda text: text.replace("\\n", "\n"),
+        metavar="TEXT",
+        help="plain text: what stands between documents, as '<|endoftext|>' or '\\n\\n' (default: nothing)",
+    )
 
 
 def _end_with(code: int | None) -> None:

@@ -212,13 +212,17 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated gz": ("x.jsonl.gz", damage_gz, r"x\.jsonl\.gz: damaged \(Compressed file ended"),
     "no gz": ("x.jsonl.gz", lambda path: path.write_bytes(b"{}\n"), r"x\.jsonl\.gz: damaged .*Not a gzipped"),
     "no zst": ("x.jsonl.zst", lambda path: None, r"x\.jsonl\.zst: damaged"),
-    "no json": ("x.jsonl", bad_line(b'{"text": '), r"x\.jsonl:5: not a line of JSON in UTF-8"),
-    "no utf-8": ("x.jsonl", bad_line(b'{"text": "\xff"}'), r"x\.jsonl:5: not a line of JSON in UTF-8"),
-    "no object": ("x.jsonl", bad_line(b"[]"), r'x\.jsonl:5: has no field "text"'),
-    "no field": ("x.jsonl", bad_line(b'{"content": "a"}'), r'x\.jsonl:5: has no field "text"; set text_field'),
-    "no text": ("x.jsonl", bad_line(b'{"text": 5}'), r'x\.jsonl:5: "text" is of type int, not text'),
-    "null": ("x.jsonl", bad_line(b'{"text": null}'), r'x\.jsonl:5: "text" is null, not text'),
-    "half a pair": ("x.jsonl", bad_line(rb'{"text": "a\ud800"}'), r'x\.jsonl:5: "text": half a surrogate pair at char'),
+    "no json": ("x.jsonl", bad_line(b'{"text": '), r"x\.jsonl:5: not JSON"),
+    "no utf-8": ("x.jsonl", bad_line(b'{"text": "\xff"}'), r"x\.jsonl:5: not UTF-8 at byte 10 of the line"),
+    "no object": ("x.jsonl", bad_line(b"[]"), r"x\.jsonl:5: no JSON object"),
+    "no field": (
+        "x.jsonl",
+        bad_line(b'{"content": "a"}'),
+        r'x\.jsonl:5: no "text" .*; correct text_field of source "x"',
+    ),
+    "no text": ("x.jsonl", bad_line(b'{"text": 5}'), r'x\.jsonl:5: "text" is int, not a string'),
+    "null": ("x.jsonl", bad_line(b'{"text": null}'), r'x\.jsonl:5: "text" is null, not a string'),
+    "half a pair": ("x.jsonl", bad_line(rb'{"text": "a\ud800"}'), r"x\.jsonl:5: half a surrogate pair at char"),
     "a null in hf": ("x.hf.jsonl", bad_line(b'{"text": null}'), r'"x": .*, file 1, row 5: "text" is null, not text'),
     "no parquet": ("x.parquet", lambda path: None, r"x\.parquet: damaged"),
     "only empty texts": (
@@ -282,7 +286,7 @@ def test_checks_before_a_run(tmp_path: Path, tiny_data: TinyData, hub: None, mon
         with pytest.raises(UserError, match=says):
             check_streams(data, tiny_data.tokenizer, vocab_size, SEQ_LEN, 0, 4)
 
-    refused(r'x\.jsonl:1: has no field "text"')
+    refused(r'x\.jsonl:1: no "text" \(it has body, id\)')
     refused(r'"x": .*none\.jsonl is no file, nor a glob of any', paths=(str(tmp_path / "none.jsonl"),))
     refused(r"tokenizer.json: token ids reach 319, .* set model.vocab_size to 320", text_field="body", vocab_size=300)
     with monkeypatch.context() as no_fork:
@@ -305,7 +309,7 @@ def test_what_is_wrong_with_one_rank_ends_all(tmp_path: Path, tiny_data: TinyDat
 
     for rank in (1, 0):  # each reads a file
         text = open_training_text(data, training, 3, 4, tiny_data.tokenizer, print, rank, 2)
-        with pytest.raises(UserError, match=r"1\.jsonl:5: not a line of JSON"):
+        with pytest.raises(UserError, match=r"1\.jsonl:5: not JSON"):
             text.read(iter(text.loader), 20, gather)
     assert [own is None for own in said] == [False, True]
     assert len(text.read(iter(text.loader), 20, lambda own: [own])) == 20

@@ -70,7 +70,8 @@ def _run_facts(state: dict[str, Any]) -> dict[str, str]:
 def _files_words(files: dict[str, Any]) -> str:
     if "bin_sha256" in files:
         return f".bin SHA-256 {files['bin_sha256'][:12]}…"
-    return f"{counted(files['files'], files['kind'] + ' file')}, streamed"
+    kind = "" if files["kind"] == "files" else f"{files['kind']} "
+    return f"{counted(files['files'], f'{kind}file')}, streamed"
 
 
 def _shape_words(shape: LlamaShape) -> str:

@@ -40,6 +40,7 @@ WrittenPath = Annotated[Text, AfterValidator(_expandable)]
 """A path that is expanded where it is used."""
 WrittenPaths = Annotated[tuple[WrittenPath, ...], BeforeValidator(_as_tuple)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+TextFormat = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow"]
 SCHEDULE_NAMES = {
     name.lower(): name
     for name in ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -673,7 +674,7 @@ class DecontaminateFilter(Table):
     kind: Literal["decontaminate"]
     """This filter."""
     test_sets: WrittenPaths = Field(min_length=1)
-    """Files or globs: .txt, where each line is a test text, or .jsonl, where each string is; also .gz."""
+    """Files or globs: plain text, where each line is a test text, or JSON, where each string is; also packed."""
     n: int = Field(13, ge=2, le=64)
     """Words of an n-gram. A shorter test text is looked for as a whole."""
     min_containment: float = Field(0.8, gt=0, le=1)
@@ -703,21 +704,28 @@ class Prepare(Table):
     """Makes the tokenizer and the token files from text when they do not exist yet."""
 
     text: WrittenPaths = ()
-    """Files, folders or globs, or "python-stdlib"; each also as NAME=PATH. .jsonl and .parquet hold a document a line
-    or row, other files are a document each, in UTF-8; .gz and .zst are unpacked. Empty: prepare nothing."""
+    """Files, folders or globs, or "python-stdlib"; each also as NAME=PATH. JSON, CSV, Parquet and Arrow hold a document
+    a row, plain text is a document a file, in UTF-8; gz, bz2, xz and zst are unpacked. Empty: prepare nothing."""
+    format: TextFormat = "auto"
+    """What all files of text are. "auto": what each one's content shows, and its suffix where that leaves it open."""
     text_field: Text = "text"
-    """JSON lines, Parquet: key or column of the text."""
+    """JSON, CSV, Parquet, Arrow: key or column of the text; a.b is b within a."""
     id_field: Text | None = None
-    """JSON lines, Parquet: key or column of the documents' names, strings or whole numbers; kept beside the token files
-    for scripts/data.py and trace_data.py. Of other files the path is the name. Unset: documents have numbers only."""
+    """JSON, CSV, Parquet, Arrow: key or column of the documents' names, strings or whole numbers; kept beside the token
+    files for scripts/data.py and trace_data.py. Of plain text the path is the name. Unset: documents have numbers
+    only."""
+    document_separator: Text | None = None
+    """Plain text: what stands between documents, as "<|endoftext|>" or "\\n\\n"; line breaks beside it are dropped.
+    Unset: a file is a document."""
     max_document_bytes: int = Field(100_000_000, ge=1, le=1_000_000_000)
     """Refuse a document above this, as text that misses its line ends."""
     skip_bad: bool = False
     """Count documents that cannot be used and leave them out, instead of refusing them."""
     vocab_size: int = Field(8192, ge=258, le=2**24)
     """Size of the byte-level BPE vocabulary that is trained; unused if model.hf_assets_path has a tokenizer already."""
-    validation_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents, chosen by hash of their text, kept for validation."""
+    validation_fraction: float = Field(0.01, ge=0, lt=1)
+    """Share of the documents, chosen by hash of their text, kept for validation. If none would be, or all, it is the
+    last tokens of all documents. 0: none are, for a run without data.validation."""
     add_bos: bool = False
     """Begin each document with the tokenizer's bos_token. Generation and export do the same then, and streamed sources
     too. All files of a run must be alike in it."""
@@ -738,12 +746,17 @@ class Source(Table):
 
     name: Text
     """What the stages, the messages and the order of its samples call it. Files may move; a name may not change."""
-    kind: Literal["tokens", "jsonl", "parquet", "hf"] = "tokens"
-    """"tokens": token files. The others are streamed, tokenised by model.hf_assets_path while training reads them: JSON
-    Lines (also .gz, .zst), Parquet, or what Hugging Face `datasets` streams (extra: `datasets`)."""
+    kind: Literal["tokens", "files", "jsonl", "parquet", "hf"] = "tokens"
+    """"tokens": token files. The others are streamed, tokenised by model.hf_assets_path while training reads them:
+    files in any format that preparation reads, only JSON ("jsonl"), only Parquet, or what Hugging Face `datasets`
+    streams (extra: `datasets`)."""
     paths: LocalPaths = Field(min_length=1)
-    """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]. Of "jsonl" and "parquet", files or
-    globs; of "hf", one name on the Hub or folder."""
+    """Prefixes of token files, as data.train is, or globs of them: ["web/en-*"]. Of "files", "jsonl" and "parquet",
+    files or globs; of "hf", one name on the Hub or folder."""
+    format: TextFormat = "auto"
+    """Of kind "files": as data.prepare.format."""
+    document_separator: Text | None = None
+    """Of kind "files": as data.prepare.document_separator."""
     subset: Text | None = None
     """Name of the configuration of a data set of kind "hf", such as a language."""
     split: Text = "train"
@@ -760,6 +773,9 @@ class Source(Table):
     def _check(self) -> "Source":
         if self.kind != "tokens" and self.max_epochs is not None and not self.max_epochs.is_integer():
             raise ValueError(f"max_epochs = {self.max_epochs:g}: must be a whole number for a streamed source")
+        for key, unset in (("format", "auto"), ("document_separator", None)):
+            if self.kind != "files" and getattr(self, key) != unset:
+                raise ValueError(f'{key} is of kind "files", and this source is of kind "{self.kind}": unset it')
         if self.kind == "hf" and len(self.paths) > 1:
             raise ValueError('paths of kind "hf" is one name or folder; make each a source of its own')
         return self

@@ -5,16 +5,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from titanling.config.schema import Data, Source
-from titanling.data.unpack import Unreadable, import_arrow, open_parquet, open_unpacked, utf8_bytes
+from titanling.data.prepare.readers import Reading, Span, format_of, read_rows
+from titanling.data.prepare.text import TextFile, find_files
+from titanling.data.unpack import Unreadable, import_arrow, utf8_bytes
 from titanling.errors import UserError
 
 Row = tuple[int, str]
 """Number of a row in its file, from 0, and its text."""
 EXTRA = "pip install 'titanling[datasets]'"
 HF_ROWS = 64
+LOOKS = 256
+LONGEST = 1_000_000_000
+"""Bytes of a document."""
 
 
 class TextFiles(Protocol):
@@ -35,6 +41,10 @@ class TextFiles(Protocol):
         """What a resumed run must find again: JSON."""
         ...
 
+    def check(self) -> None:
+        """Raise UserError for files that their beginnings show to be unreadable, and for a first document."""
+        ...
+
 
 def open_files(data: Data, source: Source) -> TextFiles:
     """The files of a streaming source. Raises UserError if there are none, or what reads them is not installed."""
@@ -44,11 +54,19 @@ def open_files(data: Data, source: Source) -> TextFiles:
 
 
 class LocalFiles:
-    """JSON Lines, perhaps compressed (.gz, .zst), or Parquet."""
+    """Files of every format that preparation reads, or of the one that the kind names."""
 
     def __init__(self, root: str | None, source: Source) -> None:
         self._source = source
-        self.paths = list(dict.fromkeys(path for each in source.paths for path in _find(root, source.name, each)))
+        self._reading = Reading(
+            source.text_field,
+            max_document_bytes=LONGEST,
+            format=source.format,
+            document_separator=source.document_separator,
+            source=source.name,
+        )
+        find = _find_below if source.kind == "files" else _find
+        self.paths = list(dict.fromkeys(path for each in source.paths for path in find(root, source.name, each)))
         if source.kind == "parquet":
             import_arrow(self.paths[0])
 
@@ -57,24 +75,46 @@ class LocalFiles:
 
     def read(self, file: int, first: int, part: int, parts: int) -> Iterator[Row]:
         """See `TextFiles`."""
-        path, field = self.paths[file], self._source.text_field
-        rows = _parquet_rows if self._source.kind == "parquet" else _jsonl_rows
+        path = self.paths[file]
         try:
-            for row, text in rows(path, field, first, part, parts):
-                if _checked(text, f"{path}:{row + 1}", field):
-                    yield row, text
+            reading = self._of_kind(path)
+            for row, document in read_rows(Span(TextFile(path, 0)), reading, first, part, parts):
+                if isinstance(document, Unreadable):
+                    raise document
+                if document.text:
+                    yield row, document.text
         except Unreadable as error:
             raise UserError(str(error)) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read to its end ({error.strerror}); restore it") from None
-        except UnicodeDecodeError:  # Arrow does not look whether its strings are
-            raise UserError(f"{path}: holds text that is not UTF-8; write the file again") from None
+
+    def _of_kind(self, path: str) -> Reading:
+        """How a file is read. Raises Unreadable if it is not what the kind says."""
+        kinds, kind = {"jsonl": ("jsonl", "json"), "parquet": ("parquet",)}, self._source.kind
+        found = format_of(TextFile(path, 0), self._reading)
+        if kind == "files":
+            return self._reading
+        if found.kind not in kinds[kind] and found.kind != "text":
+            raise Unreadable(f'{path}: is {found}, and its source is of kind "{kind}"; set kind = "files"')
+        return replace(self._reading, format=found.kind if found.kind in kinds[kind] else kind)
+
+    def check(self) -> None:
+        """See `TextFiles`. Of many files it looks at LOOKS."""
+        for path in self.paths[:: -(-len(self.paths) // LOOKS)]:
+            try:
+                self._of_kind(path)
+            except Unreadable as error:
+                raise UserError(str(error)) from None
+        next(self.read(0, 0, 0, 1), None)
 
     def identity(self) -> dict[str, Any]:
-        """Names and sizes of the files, which may move together, and the field."""
+        """Names and sizes of the files, which may move together, and how they are read."""
         files = [(os.path.basename(path), os.path.getsize(path)) for path in self.paths]
         names = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-        return {"files": len(files), "names_and_sizes_sha256": names, "text_field": self._source.text_field}
+        found = {"files": len(files), "names_and_sizes_sha256": names, "text_field": self._source.text_field}
+        if self._source.kind == "files":
+            found |= {"format": self._source.format, "document_separator": self._source.document_separator}
+        return found
 
 
 def _checked(text: Any, place: str, field: str) -> str:
@@ -99,38 +139,12 @@ def _find(root: str | None, name: str, path: str) -> list[str]:
     return found
 
 
-def _jsonl_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
-    with open_unpacked(path) as lines:
-        for row, line in enumerate(lines):
-            if row >= first and row % parts == part and not line.isspace():
-                yield row, _field(path, row, field, line)
-
-
-def _field(path: str, row: int, field: str, line: bytes) -> Any:
+def _find_below(root: str | None, name: str, path: str) -> list[str]:
+    """As of data.prepare.text: folders too, and nothing that titanling has written."""
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise UserError(f"{path}:{row + 1}: not a line of JSON in UTF-8 ({error}); correct or remove it") from None
-    if not isinstance(document, dict) or field not in document:
-        raise UserError(f'{path}:{row + 1}: has no field "{field}"; set text_field of its source, or correct the line')
-    return document[field]
-
-
-def _parquet_rows(path: str, field: str, first: int, part: int, parts: int) -> Iterator[tuple[int, Any]]:
-    with open_parquet(path) as file:
-        if field not in file.schema_arrow.names:
-            raise UserError(f'{path}: has no column "{field}"; set text_field of its source')
-        start = 0
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if start + size > first:
-                begin = start
-                for batch in file.iter_batches(row_groups=[group], columns=[field]):
-                    for row in range(begin + (part - begin) % parts, begin + len(batch), parts):
-                        if row >= first:
-                            yield row, batch.column(0)[row - begin].as_py()
-                    begin += len(batch)
-            start += size
+        return [file.path for file in find_files([os.path.join(root or "", os.path.expanduser(path))])]
+    except UserError as error:  # it names the key of the config
+        raise UserError(str(error).replace("data.prepare.text", f'data.sources: "{name}"')) from None
 
 
 class HubFiles:
@@ -174,6 +188,10 @@ class HubFiles:
             raise
         except Exception as error:
             raise self._unreadable(error) from None
+
+    def check(self) -> None:
+        """See `TextFiles`."""
+        next(self.read(0, 0, 0, 1), None)
 
     def identity(self) -> dict[str, Any]:
         """What was asked for."""

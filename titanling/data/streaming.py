@@ -214,9 +214,9 @@ class Streams:
         }
 
     def check_readable(self) -> None:
-        """Read the first document of each source. Raises UserError."""
+        """Look at the files of each source, and read its first document. Raises UserError."""
         for files in self._files:
-            next(files.read(0, 0, 0, 1), None)
+            files.check()
 
     def describe(self, sequences: int) -> list[str]:
         """Lines that say what a run reads: kind, files and share in every stage of each source."""
@@ -225,7 +225,8 @@ class Streams:
         lines += [f"data: streamed, tokenised by {by}{changes_of(self.mixture, sequences)}"]
         width = max(len(source.name) for source in self.sources)
         for place, (source, files) in enumerate(zip(self.sources, self._files, strict=True)):
-            what = f"{len(files):,} {source.kind} file{'s' if len(files) > 1 else ''}"
+            kind = "" if source.kind == "files" else f"{source.kind} "
+            what = f"{len(files):,} {kind}file{'s' if len(files) > 1 else ''}"
             lines.append(f"  {source.name:<{width}}  {shares_of(self.mixture, place)}  of {what}")
         return lines
 

@@ -19,8 +19,18 @@ from titanling.data.prepare.seen import SeenHashes
 from titanling.data.prepare.tokenizer import TokenizerFiles
 from titanling.data.prepare.worker import Job, Task, cut_into_stages
 
+DECIDES = {
+    "format",
+    "text_field",
+    "id_field",
+    "document_separator",
+    "max_document_bytes",
+    "language",
+    "filters",
+}
+"""Settings that decide which documents are written."""
 # To be raised with every change that makes other parts of the same input.
-PARTS_VERSION = 2
+PARTS_VERSION = 3
 # Of a large packed file, which is one piece, all at once would take several times their memory to sort.
 BLOCK_HASHES = 1 << 22
 
@@ -62,7 +72,7 @@ def settings_hash(settings: Prepare, pieces: Sequence[Piece], fraction: float) -
         from titanling.data.prepare.filters import check_filters
 
         outside = check_filters(settings.filters, {settings.language or piece.name for piece in pieces})
-    used = settings.model_dump_json(include={"text_field", "id_field", "max_document_bytes", "language", "filters"})
+    used = settings.model_dump_json(include=DECIDES)
     # Only where it is set: what was prepared before there was a choice keeps its hash.
     return _hash(f"{used} {outside} {fraction}{' add_bos' if settings.add_bos else ''}")
 

@@ -1,74 +1,46 @@
-"""Reads documents from files, by suffix: JSON lines, Parquet, plain text; .gz and .zst are unpacked as they are read.
+"""Reads documents from files of every format that `data.formats` recognises; packed ones are unpacked on the way.
 
 Memory does not grow with a file: a line, a batch of rows or a document is held at a time.
 """
 
+import codecs
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import repeat
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from titanling.config.schema import Prepare
+from titanling.data.formats import Format, recognise
+from titanling.data.prepare.reading import Document, Reading, Span, document_of, id_of, reading_of
+from titanling.data.prepare.tables import arrow_rows, csv_rows, of_arrow, parquet_rows
 from titanling.data.prepare.text import TextFile
-from titanling.data.unpack import Unreadable, open_parquet, open_unpacked, utf8_bytes
+from titanling.data.prepare.values import json_values
+from titanling.data.unpack import Unreadable, convert, open_parquet, open_unpacked
 from titanling.errors import UserError
 
-LINES = (".jsonl", ".ndjson")
-PARQUET = ".parquet"
-PACKED = (".gz", ".zst")
-ROWS = 256
+__all__ = [
+    "Document",
+    "Reading",
+    "Span",
+    "format_of",
+    "read_documents",
+    "read_rows",
+    "read_texts",
+    "reading_of",
+    "row_groups",
+    "too_long",
+]
+BLOCK = 1 << 20
+BOM = codecs.BOM_UTF8
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read, whatever the format."""
-
-    text_field: str = "text"
-    """JSON lines, Parquet: the key or column that holds the text."""
-    id_field: str | None = None
-    """JSON lines, Parquet: the key or column that names the document. A plain text's name is its path."""
-    max_document_bytes: int = 100_000_000
-    """A document above this, in UTF-8, is a bad one."""
-    skip_bad: bool = False
-    """Count bad documents and leave them out, instead of refusing them."""
-
-
-def reading_of(settings: Prepare) -> Reading:
-    """How a config has documents read."""
-    return Reading(settings.text_field, settings.id_field, settings.max_document_bytes, settings.skip_bad)
-
-
-class Document(NamedTuple):
-    """What is read."""
-
-    text: str
-    id: str
-    """JSON of its name, a string or a whole number; empty if names are not read."""
-
-
-class Span(NamedTuple):
-    """A part of a file: the lines that begin in a range of bytes, some row groups, or (0, -1), the whole file."""
-
-    file: TextFile
-    start: int = 0
-    end: int = -1
-
-
-def kind(path: str) -> str:
-    """What a file holds, by its suffix: "lines", "parquet" or "text", which is one document."""
-    name, packed = os.path.splitext(path.lower())
-    if packed == PARQUET:
-        return "parquet"
-    inner = os.path.splitext(name)[1] if packed in PACKED else packed
-    return "lines" if inner in LINES or (inner == ".json" and packed in PACKED) else "text"
-
-
-def is_packed(path: str) -> bool:
-    """Whether a file is unpacked as it is read, from its beginning on."""
-    return path.lower().endswith(PACKED)
+def format_of(file: TextFile, reading: Reading) -> Format:
+    """What a file holds. Raises Unreadable, OSError."""
+    # The standard library is code, whatever it looks like.
+    wanted = "text" if file.lenient else reading.format
+    separator = None if reading.document_separator else reading.setting("document_separator")
+    return recognise(file.path, wanted, reading.text_field, reading.setting("format"), separator)
 
 
 def read_texts(span: Span, reading: Reading, counts: Counter[str]) -> Iterator[str]:
@@ -82,11 +54,10 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
     Counts "documents" (those it yields), "bytes" (theirs, in UTF-8), "empty" and "bad" (only with `skip_bad`).
     Raises `UserError` for what cannot be read: the file, where in it, why.
     """
-    reader = {"lines": _read_lines, "parquet": _read_parquet, "text": _read_text}[kind(span.file.path)]
-    documents = reader(span, reading)
+    rows = read_rows(span, reading)
     while True:
         try:
-            document = next(documents, None)
+            _, document = next(rows, (0, None))
             if isinstance(document, Unreadable):
                 raise document
         except Unreadable as bad:
@@ -104,6 +75,30 @@ def read_documents(span: Span, reading: Reading, counts: Counter[str]) -> Iterat
         yield document
 
 
+def read_rows(
+    span: Span, reading: Reading, first: int = 0, part: int = 0, parts: int = 1
+) -> Iterator[tuple[int, Document | Unreadable]]:
+    """(row, document) of each row of a span from `first` on whose number leaves the rest `part`, divided by `parts`.
+
+    Blank lines have numbers and no document. What is wrong with one document stands in its place; what is wrong with
+    the file is raised as Unreadable, and ends it.
+    """
+    kind = format_of(span.file, reading).kind
+    of_kind = _KINDS[kind]
+    for number, raw in of_kind.rows(span, reading, first):
+        if number % parts != part:
+            continue
+        try:
+            if isinstance(raw, Unreadable):
+                raise raw
+            document = of_kind.document(raw, reading)
+        except Unreadable as bad:
+            yield number, Unreadable(f"{of_kind.place(span, reading, number)}: {bad}")
+            continue
+        if document is not None:
+            yield number, document
+
+
 def _lenient(span: Span, reading: Reading) -> bool:
     """Whether what is bad is left out."""
     return reading.skip_bad or span.file.lenient
@@ -119,14 +114,10 @@ def row_groups(path: str) -> list[tuple[int, int]]:
         raise UserError(str(bad)) from None
 
 
-# A reader yields what is wrong with one document, and goes on; it raises what is wrong with the file, and ends.
-
-
-def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
-    path = span.file.path
-    # JSON may need six bytes for one of the text (\u0001); further fields are of no such size.
-    limit = 6 * reading.max_document_bytes + (1 << 20)
-    with open_unpacked(path) as file:
+def _lines(span: Span, reading: Reading, first: int) -> Iterator[tuple[int, Any]]:
+    """(number of the line in the span, the line), or what is wrong with one."""
+    limit = reading.longest_line
+    with open_unpacked(span.file.path) as file:
         number, place = 0, span.start
         if place:
             # The line that holds the byte in front of the span belongs to the span before.
@@ -136,19 +127,13 @@ def _read_lines(span: Span, reading: Reading) -> Iterator[Any]:
             line, length = _line(file, limit)
             if not length:
                 return
+            if place == 0:
+                line = line.removeprefix(BOM)
             place += length
+            if number >= first:
+                too_long = length > limit
+                yield number, Unreadable(f"a line of {length:,} bytes; {reading.longer}") if too_long else line
             number += 1
-            try:
-                if length > limit:
-                    raise Unreadable(f"a line of {length:,} bytes; {_longer(reading)}")
-                document = _of_line(line, reading)
-            except Unreadable as bad:
-                # What is left out is not shown: it need not be looked for in what comes before the span.
-                at = number + (0 if _lenient(span, reading) else _lines_before(path, span.start))
-                yield Unreadable(f"{path}:{at}: {bad}")
-                continue
-            if document is not None:
-                yield document
 
 
 def _line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
@@ -161,6 +146,12 @@ def _line(file: IO[bytes], limit: int) -> tuple[bytes, int]:
             rest = file.readline(1 << 20)
             length += len(rest)
     return line, length
+
+
+def _place_of_line(span: Span, reading: Reading, number: int) -> str:
+    # What is left out is not shown: it need not be looked for in what comes before the span.
+    before = 0 if _lenient(span, reading) else _lines_before(span.file.path, span.start)
+    return f"{span.file.path}:{number + 1 + before}"
 
 
 def _lines_before(path: str, start: int) -> int:
@@ -177,98 +168,107 @@ def _lines_before(path: str, start: int) -> int:
 
 def _of_line(line: bytes, reading: Reading) -> Document | None:
     """The document of a line of JSON, None if the line is blank."""
+    if not line.strip():
+        return None
     try:
-        row = json.loads(line.decode()) if line.strip() else None
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 at byte {error.start} of the line; convert it (iconv -t utf-8)") from None
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"not JSON ({' '.join(str(error).split())}); correct the line") from None
-    if row is None and not line.strip():
-        return None
-    if not isinstance(row, dict):
-        raise Unreadable("no JSON object; each line must be one, with the text under a key")
-    for field, key in _fields(reading):
-        if field not in row:
-            keys = ", ".join(map(str, list(row)[:8])) or "no keys"
-            raise Unreadable(f'no "{field}" (it has {keys}); {_correct(key)}')
-    return _checked(row[reading.text_field], row.get(reading.id_field), reading)
+    return document_of(row, reading)
 
 
-def _fields(reading: Reading) -> list[tuple[str, str]]:
-    """Fields that a row must have, each with the setting that says so."""
-    named = [] if reading.id_field is None else [(reading.id_field, "id_field")]
-    return [(reading.text_field, "text_field"), *named]
-
-
-def _correct(key: str) -> str:
-    return f"correct data.prepare.{key} (--{key.replace('_', '-')})"
-
-
-def _read_parquet(span: Span, reading: Reading) -> Iterator[Any]:
+def _texts(span: Span, reading: Reading, first: int) -> Iterator[tuple[int, Any]]:
+    """(number, (name, bytes)) of the file as a document, or of what separators divide it into."""
     path = span.file.path
-    with open_parquet(path) as file:
-        names = file.schema_arrow.names
-        for field, key in _fields(reading):
-            if field not in names:
-                has = ", ".join(names[:8]) or "no columns"
-                raise Unreadable(f'{path}: no column "{field}" (it has {has}); {_correct(key)}')
-        columns = [field for field, _ in _fields(reading)]
-        groups = range(span.start, span.end if span.end >= 0 else file.metadata.num_row_groups)
-        row = sum(file.metadata.row_group(index).num_rows for index in range(span.start))
-        for batch in file.iter_batches(ROWS, row_groups=list(groups), columns=columns):
-            texts = batch.column(reading.text_field)
-            ids = batch.column(reading.id_field) if reading.id_field is not None else repeat(None, len(texts))
-            for text, its in zip(texts, ids, strict=True):
-                row += 1
-                try:
-                    yield _checked(_python(text), None if its is None else _python(its), reading)
-                except Unreadable as bad:
-                    yield Unreadable(f"{path}: row {row}: {bad}")
+    if _is_whole(span, reading):
+        with open_unpacked(path) as file:
+            if not first:
+                yield 0, (path, file.read(reading.max_document_bytes + 1))
+        return
+    for number, raw in enumerate(_separated(path, reading)):
+        if number >= first:
+            yield number, (f"{path}:{number + 1}", raw)
 
 
-def _python(value: Any) -> Any:
-    """A value of Arrow, which does not look whether its strings are UTF-8."""
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 at byte {error.start}; write the file again") from None
+def _is_whole(span: Span, reading: Reading) -> bool:
+    return reading.document_separator is None or span.file.lenient
 
 
-def _read_text(span: Span, reading: Reading) -> Iterator[Any]:
-    path = span.file.path
+def _separated(path: str, reading: Reading) -> Iterator[bytes]:
+    """The parts of a text between separators, without the line breaks at their ends. Behind the last, if not empty."""
+    assert reading.document_separator is not None
+    separator = reading.document_separator.encode()
+    sought, mark = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n")), 2 * len(separator)
     with open_unpacked(path) as file:
-        raw = file.read(reading.max_document_bytes + 1)
+        begun = b""
+        while block := file.read(BLOCK):
+            # Of what is begun only the end is searched again, where a separator may have begun.
+            cut = max(0, len(begun) - mark)
+            begun, held, place = begun[:cut], begun[cut:] + block, 0
+            for found in sought.finditer(held):
+                yield (begun + held[place : found.start()]).strip(b"\r\n")
+                begun, place = b"", found.end()
+            begun += held[place:]
+            if len(begun) > reading.max_document_bytes + mark:
+                raise Unreadable(f"{path}: {too_long(reading)}")
+        if last := begun.strip(b"\r\n"):
+            yield last
+
+
+def too_long(reading: Reading) -> str:
+    """What is wrong with a plain text that is too long for a document."""
+    return (
+        f"more than {reading.max_document_bytes:,} bytes in a document; {reading.longer}, or say what stands between"
+        f" documents by {reading.setting('document_separator')}"
+    )
+
+
+def _of_text(named: tuple[str, bytes], reading: Reading) -> Document:
+    """A document of plain text, without its byte-order mark. Raises Unreadable."""
+    name, raw = named
     if len(raw) > reading.max_document_bytes:
-        raise Unreadable(f"{path}: more than {reading.max_document_bytes:,} bytes in a document; {_longer(reading)}")
-    try:
-        yield Document(raw.decode(), _id(path, reading))
-    except UnicodeDecodeError as error:
+        raise Unreadable(too_long(reading))
+    if b"\0" in raw and reading.format == "auto":
         raise Unreadable(
-            f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8), leave it out of data.prepare.text"
+            f"is binary (a zero byte at {raw.index(0)}); leave it out, or set {reading.setting('format')} ="
+            ' "text" to take it as it is'
+        )
+    raw = raw.removeprefix(BOM)
+    try:
+        return Document(raw.decode(), id_of(name, reading))
+    except UnicodeDecodeError as error:
+        command = convert(name if os.path.exists(name) else name.rpartition(":")[0], "latin1")
+        raise Unreadable(
+            f"not UTF-8 at byte {error.start}; if it is Latin-1, convert it ({command}), or leave it out of the text"
         ) from None
 
 
-def _checked(value: Any, id: Any, reading: Reading) -> Document:
-    """A document whose text is one, can be written as UTF-8, and is not too long."""
-    if not isinstance(value, str):
-        found = "null" if value is None else type(value).__name__
-        raise Unreadable(f'"{reading.text_field}" is {found}, not a string; correct it')
-    size = utf8_bytes(value)
-    if size > reading.max_document_bytes:
-        raise Unreadable(f"a document of {size:,} bytes; {_longer(reading)}")
-    return Document(value, _id(id, reading))
+def _place_of_text(span: Span, reading: Reading, number: int) -> str:
+    return span.file.path if _is_whole(span, reading) else f"{span.file.path}: document {number + 1}"
 
 
-def _id(value: Any, reading: Reading) -> str:
-    """What `Document.id` is for a name."""
-    if reading.id_field is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        found = "null" if value is None else type(value).__name__
-        raise Unreadable(f'"{reading.id_field}" is {found}, not a string or a whole number; correct it')
-    utf8_bytes(str(value))
-    return json.dumps(value, ensure_ascii=False)
+class _Kind(NamedTuple):
+    """How one format is read."""
+
+    rows: Callable[[Span, Reading, int], Iterator[tuple[int, Any]]]
+    """(number, row) of a span, from a row on; instead of a row, Unreadable. Raises Unreadable for the file."""
+    document: Callable[[Any, Reading], Document | None]
+    """The document of a row, None if it is blank. Raises Unreadable."""
+    place: Callable[[Span, Reading, int], str]
+    """What messages call a row."""
 
 
-def _longer(reading: Reading) -> str:
-    return f"above data.prepare.max_document_bytes = {reading.max_document_bytes:,}: split it, or raise that"
+def _place_of_row(span: Span, reading: Reading, number: int) -> str:
+    return f"{span.file.path}: row {number + 1}"
+
+
+_KINDS = {
+    "text": _Kind(_texts, _of_text, _place_of_text),
+    "jsonl": _Kind(_lines, _of_line, _place_of_line),
+    "json": _Kind(json_values, document_of, _place_of_row),
+    "csv": _Kind(csv_rows, document_of, _place_of_row),
+    "parquet": _Kind(parquet_rows, of_arrow, _place_of_row),
+    "arrow": _Kind(arrow_rows, of_arrow, _place_of_row),
+}

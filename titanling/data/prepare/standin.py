@@ -67,7 +67,7 @@ def make_standin(output: str, bytes_per_source: int = 500_000, vocab_size: int =
     todo = {"train": text / "train", "validation": text / "held-out"}
     todo |= {f"{name}/train": text / "train" / name for name in made}
     for prefix, folder in todo.items():
-        settings = Prepare(text=(str(folder),), vocab_size=vocab_size)
+        settings = Prepare(text=(str(folder),), format="text", vocab_size=vocab_size)
         lines = prepare(settings, os.path.join(output, prefix), None, os.path.join(output, "tokenizer"))
         if prefix in ("train", "validation"):
             yield from lines

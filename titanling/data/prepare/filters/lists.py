@@ -10,6 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from titanling.data.formats import recognise
+from titanling.data.prepare.reading import Reading, Span
+from titanling.data.prepare.text import TextFile
+from titanling.data.prepare.values import json_values
 from titanling.data.unpack import Unreadable, open_unpacked
 from titanling.errors import UserError
 from titanling.paths import expand
@@ -41,7 +45,7 @@ def read_list(path: str, language: str | None) -> list[str]:
     """The entries of a list, without comments, in normal form C. Raises `UserError`, also if there is none."""
     path = list_path(path, language)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8)") from None
     entries = [entry for line in lines if (entry := unicodedata.normalize("NFC", line.partition("#")[0].strip()))]
@@ -63,23 +67,38 @@ def find_test_sets(patterns: Sequence[str]) -> list[str]:
         if not paths:
             raise UserError(f'data.prepare.filters: test_sets: "{pattern}" finds no file; correct the path')
         for path in paths:
-            if not path.removesuffix(".gz").endswith((".txt", ".jsonl")):
+            if _kind(path) not in ("text", "jsonl", "json"):
                 raise UserError(f"{path}: a test set is a .txt or .jsonl, perhaps with .gz; rename or convert it")
         found += paths
     return list(dict.fromkeys(found))
 
 
 def read_test_texts(path: str) -> Iterator[str]:
-    """The lines of a .txt, the strings of each object of a .jsonl. Raises `UserError`."""
-    number = 0
+    """The lines of plain text, the strings of each object of JSON. Raises `UserError`."""
+    number, kind = 0, _kind(path)
     try:
+        if kind == "json":
+            for _, value in json_values(Span(TextFile(path, 0)), Reading(), 0):
+                number += 1
+                yield from _strings(value)
+            return
         with open_unpacked(path) as file:
-            for line in io.TextIOWrapper(file, encoding="utf-8"):
+            for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
                 number += 1
                 if line.strip():
-                    yield from _strings(json.loads(line)) if ".jsonl" in os.path.basename(path) else (line,)
+                    yield from _strings(json.loads(line)) if kind == "jsonl" else (line,)
     except (Unreadable, ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read at line {number} ({error}); mend or replace this test set") from None
+
+
+def _kind(path: str) -> str:
+    """The format of a test set. Raises `UserError`."""
+    try:
+        return recognise(path).kind
+    except Unreadable as bad:
+        if ".txt" in os.path.basename(path):
+            return "text"  # whatever it looks like; whoever reads it says what is damaged
+        raise UserError(str(bad)) from None
 
 
 def _strings(value: Any) -> Iterator[str]:
