@@ -218,7 +218,7 @@ def _prepare_data(config: Config) -> None:
     if data.train and data.prepare.text and tokenizer and not is_foreign(data.train):
         if not all(Path(f"{prefix}.json").exists() for prefix in (data.train, data.validation) if prefix):
             print(escape_controls(f"preparing {' '.join(data.prepare.text)} as {data.train} (once)"), flush=True)
-        for line in prepare(data.prepare, data.train, data.validation, tokenizer):
+        for line in prepare(data.prepare, data.train, data.validation, tokenizer, run_folder=config.job.dump_folder):
             print(escape_controls(line), flush=True)
 
 

@@ -268,7 +268,6 @@ def test_foreign_token_files_are_not_overwritten(corpus: Path, tmp_path: Path) -
         (lambda folder: (folder / "b" / "bad.txt").write_bytes(b"abc\xff"), "bad.txt: not UTF-8 at byte 3"),
         (lambda folder: [path.write_text("") for path in folder.rglob("*.txt")], "holds no text"),
         (lambda folder: [path.unlink() for path in folder.rglob("*.txt")], "data.prepare.text"),
-        (lambda folder: [path.unlink() for path in folder.rglob("*.txt") if path.name != "00.txt"], "no document"),
     ],
 )
 def test_bad_text_is_refused_and_leaves_no_token_files(corpus: Path, tmp_path: Path, make: Callable, says: str) -> None:

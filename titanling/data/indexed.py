@@ -295,6 +295,8 @@ class Sidecar(BaseModel):
     """Of the documents' names, PREFIX.ids.jsonl, if they have some."""
     source: str
     """Where the text came from, in words."""
+    prepared: dict[str, Any] | None = None
+    """By which settings and from which files (`prepare.record`); None: earlier versions did not say."""
 
 
 def write_sidecar(prefix: str, sidecar: Sidecar) -> None:

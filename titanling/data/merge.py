@@ -81,6 +81,8 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
     source = " ".join(dict.fromkeys(sidecar.source for sidecar in sidecars))
     size = sum(sidecar.utf8_bytes for sidecar in sidecars)
     merged = writer.sidecar(first.tokenizer_sha256, first.eod_id, size, source, ids, first.bos_id)
+    if all(sidecar.prepared == first.prepared for sidecar in sidecars):
+        merged = merged.model_copy(update={"prepared": first.prepared})
     write_sidecar(prefix, merged)
     return merged, lines
 

@@ -60,6 +60,24 @@ def read_total(report: Report, key: str) -> int:
     return sum(source["read"].get(key, 0) for source in report["sources"].values())
 
 
+def written_total(report: Report) -> int:
+    """Documents of all splits."""
+    return sum(split["documents"] for source in report["sources"].values() for split in source["splits"].values())
+
+
+def emptied(report: Report) -> str:
+    """In words, what each filter left, where together they left nothing."""
+    steps = [
+        f"{kind} {sum(source['filters'][place]['documents_in'] for source in report['sources'].values()):,} →"
+        f" {sum(source['filters'][place]['documents_out'] for source in report['sources'].values()):,}"
+        for place, kind in enumerate(report["filters"])
+    ]
+    return (
+        f"data.prepare.filters: leave none of {read_total(report, 'documents'):,} documents ({', '.join(steps)})"
+        "; loosen them or give other text"
+    )
+
+
 def rows(report: Report) -> list[tuple[str, ...]]:
     """A table: for each source what was read, what each filter left, and what was written."""
     table = [("source", "step", "documents", "MB", "tokens")]

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from titanling.config.schema import Prepare
 from titanling.data.ends import check_ends
 from titanling.data.indexed import Sidecar, check_unused, file_sha256, read_sidecar
+from titanling.data.prepare.outputs import Outputs
 from titanling.data.prepare.parts import remove_parts
 from titanling.data.prepare.readers import Reading, Span, read_texts, reading_of
+from titanling.data.prepare.record import Record, check_record, new_record
 from titanling.data.prepare.text import TextFile, find_files
 from titanling.errors import UserError
 
@@ -60,22 +62,29 @@ def parse_shard(text: str, environment: Mapping[str, str]) -> Shard:
 
 
 def prepare(
-    settings: Prepare, train: str, validation: str | None, tokenizer_dir: str, shard: Shard | None = None
+    settings: Prepare,
+    train: str,
+    validation: str | None,
+    tokenizer_dir: str,
+    shard: Shard | None = None,
+    run_folder: str | None = None,
 ) -> list[str]:
     """Make the tokenizer and token files that do not exist yet; return lines that say what exists and what was made.
 
     `train` and `validation` are prefixes; without `validation` every document is training text. What exists is used
-    as it is and never overwritten. Safe to kill at any moment and to call from several processes of one machine:
-    the next call finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
+    as it is, if these settings would make it, and never overwritten. It is no text itself, nor is what a run has
+    written into `run_folder`. Safe to kill at any moment and to call from several processes of one machine: the next
+    call finishes the work, with the same bytes. With no `settings.text`, nothing is prepared.
     A `shard` makes its share alone, in files of its own, with a tokenizer that exists; `data.merge` joins them.
     Unless the input is small or `settings.workers` is 1, processes are started, which import the main module.
-    Raises `UserError`: no text, text that is bad, files of another tokenizer, disk full.
+    Raises `UserError`: no text, text that is bad, files of another tokenizer or other settings, disk full.
     """
     if not settings.text:
         return []
     if train == validation:
         raise UserError(f"data.train and data.validation are both {train}; give them different prefixes")
     prefixes = {"training": train} if validation is None else {"training": train, "validation": validation}
+    outputs = Outputs(list(prefixes.values()), tokenizer_dir, run_folder)
     folder = os.path.dirname(train) or "."
     if shard is not None:
         prefixes = {split: shard.name(prefix) for split, prefix in prefixes.items()}
@@ -84,7 +93,7 @@ def prepare(
         Path(folder).mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             try:
-                return _prepare(settings, prefixes, tokenizer_dir, shard)
+                return _prepare(settings, prefixes, tokenizer_dir, shard, outputs)
             finally:
                 remove_parts(f"{prefixes['training']}.parts", only_if_empty=True)
     except FileNotFoundError as error:
@@ -97,17 +106,17 @@ def prepare(
         ) from error
 
 
-def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, shard: Shard | None) -> list[str]:
+def _prepare(
+    settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, shard: Shard | None, outputs: Outputs
+) -> list[str]:
+    fraction = _fraction(settings, prefixes)
     done = {split: _finished(prefix, shard) for split, prefix in prefixes.items()}
     sidecars = {prefixes[split]: sidecar for split, sidecar in done.items() if isinstance(sidecar, Sidecar)}
     has_tokenizer = _check_tokenizer(tokenizer_dir, sidecars)
     if sidecars:
         check_ends(sidecars, tokenizer_dir)
     _check_bos(settings, sidecars)
-    lines = [
-        f"{prefix}: exists, {sidecar.tokens:,} tokens made from {sidecar.source}, used as it is"
-        for prefix, sidecar in sidecars.items()
-    ]
+    files, lines = _compare(settings, sidecars, fraction, outputs)
     missing = {split: prefix for split, prefix in prefixes.items() if done[split] is None}
     if not missing and has_tokenizer:
         remove_parts(f"{prefixes['training']}.parts")  # a run was killed behind its last step
@@ -116,11 +125,11 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
         check_unused(prefix)
     # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
     from titanling.data.prepare import pipeline
-    from titanling.data.prepare.pieces import cut_into_pieces
+    from titanling.data.prepare.pieces import cut_into_pieces, describe
 
-    fraction = settings.validation_fraction if "validation" in prefixes else 0.0
-    files = find_files(settings.text)
+    files = files or find_files(settings.text, outputs)
     pieces = cut_into_pieces(files, reading_of(settings))
+    lines += describe(files, reading_of(settings), outputs)
     settings_hash = pipeline.settings_hash(settings, pieces, fraction)
     if shard is not None:
         pieces = _share(pieces, shard)
@@ -130,56 +139,112 @@ def _prepare(settings: Prepare, prefixes: dict[str, str], tokenizer_dir: str, sh
         lines.append(_train(_sample(files, reading_of(settings), fraction), settings.vocab_size, tokenizer_dir))
     bos_id, note = _bos(settings, tokenizer_dir)
     lines += [note] if note else []
+    # Not whether it was just trained: a run that was killed behind that must record the same.
+    trained = _vocabulary(tokenizer_dir) == settings.vocab_size
+    record = new_record(settings, files, fraction, settings.vocab_size if trained else None)
     job = pipeline.new_job(settings, pieces, tokenizer_dir, fraction, bos_id)
-    return lines + _make(settings, job, pieces, settings_hash, missing, prefixes["training"], shard is not None)
+    making = _Making(settings, job, pieces, settings_hash, record, prefixes["training"], shard is not None)
+    return lines + making.make(missing)
 
 
-def _make(
-    settings: Prepare,
-    job: "Job",
-    pieces: "list[Piece]",
-    settings_hash: str,
-    prefixes: dict[str, str],
-    name: str,
-    is_shard: bool,
-) -> list[str]:
-    """Make token files from parts in `name`.parts, which is removed when they are there, and `name`.report.json."""
-    from titanling.data.prepare import pipeline, report
-    from titanling.data.prepare.join import join_parts
-    from titanling.data.prepare.parts import read_counts
-    from titanling.data.prepare.progress import show_progress
+def _fraction(settings: Prepare, prefixes: dict[str, str]) -> float:
+    """Share of the text that validation gets."""
+    if "validation" not in prefixes:
+        return 0.0
+    if not settings.validation_fraction:
+        prefix = prefixes["validation"]
+        if not os.path.exists(f"{prefix}.json"):
+            raise UserError(
+                f"data.prepare.validation_fraction = 0: keeps nothing for data.validation = {prefix}, which does not"
+                " exist; remove data.validation (and set validation.enable = false), or set a share"
+            )
+    return settings.validation_fraction
+
+
+def _compare(
+    settings: Prepare, done: dict[str, Sidecar], fraction: float, outputs: Outputs
+) -> tuple[list[TextFile] | None, list[str]]:
+    """The files of the text, if they were looked for, and lines on what exists, which these settings must have made."""
+    if not any(sidecar.prepared for sidecar in done.values()):
+        files, now = None, None
+    else:
+        try:
+            files = find_files(settings.text, outputs)
+        except UserError:
+            files = None
+        now = new_record(settings, files, fraction, settings.vocab_size)
+    lines = []
+    for prefix, sidecar in done.items():
+        remark = ""
+        if sidecar.prepared is None:
+            remark = " (by which settings it was prepared is not recorded)"
+        elif now is not None:
+            check_record(prefix, sidecar.prepared, now, fraction > 0)
+            remark = " (its text is no longer there to be compared)" if files is None else ""
+        lines.append(f"{prefix}: exists, {sidecar.tokens:,} tokens made from {sidecar.source}, used as it is{remark}")
+    return files, lines
+
+
+def _vocabulary(tokenizer_dir: str) -> int:
     from titanling.data.prepare.tokenizer import load_tokenizer
 
-    start = time.monotonic()
-    tokenizer = load_tokenizer(job.tokenizer)
-    key = pipeline.fingerprint(settings, settings_hash, tokenizer)
-    folder = f"{name}.parts"
-    Path(folder).mkdir(exist_ok=True)
-    with show_progress(len(job.stages) * sum(piece.bytes for piece in pieces)) as advance:
-        made = pipeline.make_all(job, pieces, tokenizer, key, folder, advance)
-    found = report.report_of(made, [filter.kind for filter in settings.filters], settings_hash)
-    documents = report.read_total(found, "documents")
-    if not documents and not is_shard:
-        remove_parts(folder)  # they are of no use
-        raise _no_text(pieces[0].spans[0].file)
-    written = join_parts(
-        made.parts[-1],
-        prefixes,
-        tokenizer,
-        " ".join(settings.text),
-        lambda: report.write_report(name, found),
-        may_be_empty=is_shard,
-        with_ids=settings.id_field is not None,
-        bos_id=job.bos_id,
-    )
-    notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
-    remove_parts(folder)
-    lines = [*sorted(notes)]
-    lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in written.items()]
-    skipped = "".join(
-        f", {number:,} skipped ({why})" for why in ("empty", "bad") if (number := report.read_total(found, why))
-    )
-    return [*lines, f"tokenised in {time.monotonic() - start:.1f} s: {documents:,} documents{skipped}"]
+    return load_tokenizer(tokenizer_dir).vocab_size
+
+
+class _Making(NamedTuple):
+    """Makes token files from parts in `name`.parts, which is removed when they are there, and `name`.report.json."""
+
+    settings: Prepare
+    job: "Job"
+    pieces: "list[Piece]"
+    settings_hash: str
+    record: Record
+    name: str
+    is_shard: bool
+
+    def make(self, prefixes: dict[str, str]) -> list[str]:
+        """Write the files of these prefixes; lines on what was made."""
+        from titanling.data.prepare import pipeline, report
+        from titanling.data.prepare.join import join_parts
+        from titanling.data.prepare.parts import read_counts
+        from titanling.data.prepare.progress import show_progress
+        from titanling.data.prepare.tokenizer import load_tokenizer
+
+        start = time.monotonic()
+        job, pieces = self.job, self.pieces
+        tokenizer = load_tokenizer(job.tokenizer)
+        key = pipeline.fingerprint(self.settings, self.settings_hash, tokenizer)
+        folder = f"{self.name}.parts"
+        Path(folder).mkdir(exist_ok=True)
+        with show_progress(len(job.stages) * sum(piece.bytes for piece in pieces)) as advance:
+            made = pipeline.make_all(job, pieces, tokenizer, key, folder, advance)
+        found = report.report_of(made, [filter.kind for filter in self.settings.filters], self.settings_hash)
+        documents = report.read_total(found, "documents")
+        if not self.is_shard and not report.written_total(found):
+            remove_parts(folder)  # they are of no use
+            if documents:
+                raise UserError(report.emptied(found))
+            raise _no_text(pieces[0].spans[0].file)
+        written, remarks = join_parts(
+            made.parts[-1],
+            prefixes,
+            tokenizer,
+            " ".join(self.settings.text),
+            lambda: report.write_report(self.name, found),
+            may_be_empty=self.is_shard,
+            with_ids=self.settings.id_field is not None,
+            fraction=job.fraction,
+            record=self.record,
+            bos_id=job.bos_id,
+        )
+        notes = {str(note) for part in made.parts[-1] if (note := read_counts(part)["note"])}
+        remove_parts(folder)
+        lines = [*sorted(notes), *remarks]
+        lines += [f"{prefixes[split]}: {_describe(sidecar)}" for split, sidecar in written.items()]
+        skipped = "".join(
+            f", {number:,} skipped ({why})" for why in ("empty", "bad") if (number := report.read_total(found, why))
+        )
+        return [*lines, f"tokenised in {time.monotonic() - start:.1f} s: {documents:,} documents{skipped}"]
 
 
 def _share(pieces: "list[Piece]", shard: Shard) -> "list[Piece]":
@@ -195,6 +260,11 @@ def _share(pieces: "list[Piece]", shard: Shard) -> "list[Piece]":
 def _finished(prefix: str, shard: Shard | None) -> Sidecar | Literal["empty"] | None:
     """The sidecar of files that exist; "empty" for those of a shard that no document fell into."""
     if os.path.exists(f"{prefix}.json"):
+        if not os.path.exists(f"{prefix}.bin") and b'"bin_sha256"' not in Path(f"{prefix}.json").read_bytes()[:65536]:
+            raise UserError(
+                f"{prefix}.json: exists, is not ours, and is where {prefix} is described; give data.train and"
+                " data.validation (--output) other names"
+            )
         return read_sidecar(prefix)
     return "empty" if shard is not None and os.path.exists(f"{prefix}.empty") else None
 
