@@ -13,7 +13,8 @@ from pathlib import Path
 from titanling.errors import UserError
 from titanling.paths import expand
 from titanling.ranks import Process, launched, this_process
-from titanling.text import escape_controls, shorten
+from titanling.text import escape_controls as escape_controls
+from titanling.text import one_line
 
 # What the user can mend: the disk is full, over quota, mounted read-only, or its permissions forbid us.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -56,7 +57,7 @@ def warn(lines: Iterable[str]) -> None:
     """Print warnings to stderr, a line each; of several ranks the first does."""
     if _me().rank == 0:
         for line in lines:
-            print(f"warning: {escape_controls(' '.join(line.split()))}", file=sys.stderr, flush=True)
+            print(f"warning: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _me() -> Process:
@@ -116,5 +117,5 @@ def _refuse(message: str) -> int:
     # The first rank of a node comes before the others there, which its launcher ends then.
     time.sleep(3 * (me.rank > 0) + 3 * (me.local_rank > 0))
     who = f"error (rank {me.rank})" if me.rank else "error"
-    print(f"{who}: {escape_controls(shorten(' '.join(message.split()), 3000))}", file=sys.stderr, flush=True)
+    print(f"{who}: {one_line(message)}", file=sys.stderr, flush=True)
     return 2

@@ -8,6 +8,9 @@ from typing import Any
 # or that came from a file must not move the cursor, set the title or hide a part of a line.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+LONGEST_WORD, LONGEST_LINE = 400, 3000
+"""Characters of a message; a path has fewer than the first."""
+
 
 def escape_controls(text: str) -> str:
     r"""`text` with unsafe characters written as `\x1b` or `\u202e`; tab and newline stay."""
@@ -28,3 +31,9 @@ def show(value: Any) -> str:
         return shorten(json.dumps(value, ensure_ascii=False, default=str))
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in each other without end
         return f"(a very long {type(value).__name__})"
+
+
+def one_line(text: str) -> str:
+    """`text` as a message on one line: harmless, and no longer than one reads, whatever it quotes."""
+    words = (shorten(word, LONGEST_WORD) for word in escape_controls(text).split())
+    return shorten(" ".join(words), LONGEST_LINE)

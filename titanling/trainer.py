@@ -185,7 +185,7 @@ class Trainer:
                 self.scaler.load(state["scaler"])
                 self.text.go_on(state["loader"], self.world.dp_rank)
                 self.batches = iter(self.text.loader)
-            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 # What does not come of a run of ours; no damage, which its hash would have shown.
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
             self.metrics.resume_at(self.step, validated=not self.interrupted)

@@ -22,7 +22,7 @@ def inspect(name: str, tensors: bool = False) -> str:
     state = read_state(path, manifest)
     try:
         rows = _facts(path, manifest, state)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path / folder.STATE}: lacks {error}; it was not written by this version") from None
     lines = [str(path), *columns(rows)]
     if tensors:

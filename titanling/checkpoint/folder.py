@@ -230,7 +230,7 @@ def listed_files(folder: Path) -> dict[str, dict[str, Any]]:
     files = manifest.get("files")
     if manifest.get("format") != 2 or not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise UserError(f"{folder / MANIFEST}: not a titanling checkpoint manifest of format 2")
-    if any(name.startswith("/") or ".." in Path(name).parts or "\0" in name for name in files):
+    if any(name.startswith("/") or ".." in Path(name).parts or not _is_a_name(name) for name in files):
         raise UserError(f"{folder / MANIFEST}: names a file outside the checkpoint; do not trust this checkpoint")
     if manifest.get("sha256") != _seal(files) or content != encode_json(_manifest(files)):
         raise UserError(f"{folder / MANIFEST}: its list of files is not the one that was written")
@@ -331,6 +331,14 @@ def forget_cached(path: Path) -> None:
 def _is_plain(path: Path) -> bool:
     """Whether this is a file or a folder of its own: reading a pipe would wait for ever, and a link leads elsewhere."""
     return not path.is_symlink() and (path.is_file() or path.is_dir())
+
+
+def _is_a_name(name: str) -> bool:
+    """Whether a file can be called so."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, which JSON can say and no file system
+        return False
 
 
 def _is_entry(entry: Any) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from titanling.errors import UserError
+from titanling.text import one_line
 
 # Where a run writes and what it prints may differ between its parts without a word.
 UNREMARKABLE = ("job.", "metrics.", "profiling.", "comm.", "data.prepare.", "sampling.")
@@ -44,7 +45,7 @@ def check_resumable(
         for key, pair in _differences(state["config"], config).items()
         if not key.startswith(UNREMARKABLE) and not key.startswith("model.")
     }
-    return [f"{key} was {_on_one_line(old)}, now {_on_one_line(new)}" for key, (old, new) in changed.items()]
+    return [one_line(f"{key} was {old}, now {new}") for key, (old, new) in changed.items()]
 
 
 def _check_stream(path: Path, before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
@@ -119,9 +120,5 @@ def _words(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = _on_one_line(value)
+    text = one_line(str(value))
     return text if len(text) <= 20 else text[:12] + "…"
-
-
-def _on_one_line(value: Any) -> str:
-    return " ".join(str(value).split())
