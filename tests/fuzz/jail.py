@@ -23,7 +23,7 @@ SECONDS = 60
 MEMORY_BYTES = 2 << 30
 """More than the process had, for data of some kilobytes."""
 FILE_BYTES = 64 << 20
-LONGEST_MESSAGE = 2000
+LONGEST_MESSAGE = 3200
 READABLE = tuple(
     os.path.realpath(path)
     for path in (ROOT, sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/bin")

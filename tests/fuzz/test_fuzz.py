@@ -15,7 +15,7 @@ BAD = {
     "bytearray(1 << 40)": "traceback: MemoryError",
     "print('\\x1b[2J')": "control bytes",
     "import sys; print('a\\nb', file=sys.stderr); sys.exit(2)": "2 lines instead of one",
-    "import sys; print('a' * 3000, file=sys.stderr); sys.exit(2)": "a message of 3,000 characters",
+    "import sys; print('a' * 5000, file=sys.stderr); sys.exit(2)": "a message of 5,000 characters",
 }
 GOOD = ("open('here.txt', 'w')", "import sys; print('error: no', file=sys.stderr); sys.exit(2)")
 
