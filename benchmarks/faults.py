@@ -27,6 +27,8 @@ from rich.table import Table
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
+import beside
+import channels
 import damage
 import full_disk
 import hostile
@@ -53,12 +55,14 @@ class Size(NamedTuple):
     losses: Sequence[lost.Loss]
     clean_steps: int
     chain: Sequence[worlds.Part]
+    terminals: int
+    """How many kinds of broken terminals."""
     large: int
     """Hidden size of a model whose save takes seconds."""
 
 
-WHOLE = Size(10, 400, 10, stops.ALL, stops.SIGNALS, lost.ALL, 1000, worlds.CHAIN, 2048)
-SMOKE = Size(1, 20, 1, stops.ALL[4:5], (), lost.ALL[:1], 20, worlds.CHAIN[1:3], 0)
+WHOLE = Size(10, 400, 10, stops.ALL, stops.SIGNALS, lost.ALL, 1000, worlds.CHAIN, len(channels.TERMINALS), 2048)
+SMOKE = Size(1, 20, 1, stops.ALL[4:5], (), lost.ALL[:1], 20, worlds.CHAIN[1:3], 1, 0)
 
 
 class Task(NamedTuple):
@@ -95,6 +99,20 @@ def _compile(ranks: int, tries: int | None = None) -> Task:
     return Task(make, alone=ranks > 1)
 
 
+def _one(make: Callable[[Path, TinyData], Row], alone: bool = False) -> Task:
+    return Task(lambda where, data, size: [make(where, data)], alone)
+
+
+def _terminals(ranks: int) -> Task:
+    def make(where: Path, data: TinyData, size: Size) -> list[Row]:
+        return [
+            channels.broken_terminals(where / "broken", data, ranks, channels.TERMINALS[: size.terminals]),
+            channels.closed_terminal(where / "closed", data, ranks),
+        ]
+
+    return Task(make, alone=ranks > 1)
+
+
 def _twice(mode: str) -> Task:
     def make(where: Path, data: TinyData, size: Size) -> list[Row]:
         return [stops.stop_twice_in_a_save(where, data, mode, size.large)] if size.large else []
@@ -113,6 +131,13 @@ ROWS: dict[str, list[Task]] = {
     "twice": [_twice("disabled"), _twice("async")],
     "worlds": [Task(lambda where, data, size: [worlds.change_worlds(where, data, size.chain)])],
     "hostile": [Task(lambda where, data, size: [hostile.meet_hostile_surroundings(where, data)])],
+    "owner": [_one(beside.one_owner, alone=True)],
+    "ranks": [_one(beside.left_over_variables)],
+    "cwd": [_one(beside.hostile_cwd, alone=True)],
+    "terminal": [_terminals(1), _terminals(2)],
+    "channels": [_one(channels.channels_taken_away)],
+    "start": [_one(channels.found_out_at_once), _one(channels.preparation_longer_than_the_timeout, alone=True)],
+    "stream": [_one(channels.bad_line_in_a_stream)],
 }
 
 

@@ -96,10 +96,12 @@ class Job:
         self.interval = {**RUN, **changes}["checkpoint.interval"]
 
     @contextmanager
-    def started(self, *overrides: str, **environment: str) -> Iterator[Process]:
-        """The command, running; it is gone afterwards whatever happens."""
+    def started(self, *overrides: str, shell: str = "", **environment: str) -> Iterator[Process]:
+        """The command, running; it is gone afterwards whatever happens. `shell`: redirections, as typed behind it."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         command = [str(ROOT / "run_train.sh"), "--config", str(self.config), *overrides]
+        if shell:
+            command = ["bash", "-c", f'exec "$@" {shell}', "bash", *command]
         start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as output:
             popen = subprocess.Popen(
