@@ -85,6 +85,12 @@ def test_what_is_understood(monkeypatch: pytest.MonkeyPatch, variables: dict[str
         ({"PALS_RANKID": "3"}, "PALS_RANKID=3"),
         ({"MV2_COMM_WORLD_SIZE": "2"}, "or set WORLD_SIZE=1 if each has a run of its own"),
         ({"FLUX_JOB_SIZE": "8", "FLUX_JOB_NNODES": "2"}, "NGPU=4"),
+        (
+            JOB | {"SLURM_STEP_ID": "0"},
+            "SLURM_NTASKS=4: Slurm's srun has started 4",
+        ),  # others hidden
+        ({"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1: Slurm's srun has started several"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "OMPI_COMM_WORLD_LOCAL_RANK=1: Open MPI has started several"),
         *(({name: value}, f"{name}=") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") for value in NO_NUMBERS),
         *((TORCHRUN | {"LOCAL_WORLD_SIZE": value}, "LOCAL_WORLD_SIZE=") for value in NO_NUMBERS),
     ],
@@ -155,6 +161,7 @@ def test_what_is_to_be_started(monkeypatch: pytest.MonkeyPatch, variables: dict[
         (STEP | {"SLURM_STEP_NUM_TASKS": "2", "NGPU": "2"}, "SLURM_STEP_NUM_TASKS=2"),
         (TWO_NODES | {"SLURM_STEP_NUM_TASKS": "4"}, "with NGPU=2, or"),
         (TWO_NODES | {"NNODES": "1"}, "SLURM_STEP_NUM_TASKS=2"),
+        (TWO_NODES | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1"),  # two tasks on one node, none on the other
         (TWO_NODES | {"SLURM_JOB_NODELIST": "a[1-"}, "SLURM_JOB_NODELIST=a[1-: is no list of nodes; set MASTER_ADDR="),
         (TWO_NODES | {"SLURM_STEP_ID": ""}, "this Slurm job has 2 nodes: start me on each with srun"),
         (TWO_NODES | {"SLURM_STEP_ID": "4294967290"}, "this Slurm job has 2 nodes"),  # an interactive shell's

@@ -32,6 +32,14 @@ TASKS = (
     ("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK", "FLUX_JOB_NNODES"),
     ("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", ""),
 )
+# Which of a node's tasks this is, from 0: with more than one, none of them is alone there.
+ON_THIS_NODE = (
+    ("Slurm's srun", "SLURM_LOCALID"),
+    ("Open MPI", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MVAPICH", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("MPI", "MPI_LOCALRANKID"),
+    ("PALS", "PALS_LOCAL_RANKID"),
+)
 
 
 @dataclass(frozen=True)
@@ -192,8 +200,7 @@ def first_host(nodes: str) -> str | None:
 def _slurm_nodes() -> int:
     """Nodes of this Slurm job step. UserError outside of a step, where one node would train alone."""
     nodes = _number("SLURM_NNODES", 1)
-    step = os.environ.get("SLURM_STEP_ID", "")
-    if not step.isdecimal() or _foreign("SLURM_STEP_ID") >= SPECIAL_STEPS:
+    if not _in_step():
         raise UserError(
             f"this Slurm job has {nodes} nodes: start me on each with srun --ntasks-per-node=1 ./run_train.sh, or set"
             " NNODES=1"
@@ -210,9 +217,19 @@ def _slurm_head() -> str:
     return host
 
 
+def _in_step() -> bool:
+    """Whether Slurm's srun has started this: not the batch script, nor a shell in an allocation."""
+    return os.environ.get("SLURM_STEP_ID", "").isdecimal() and _foreign("SLURM_STEP_ID") < SPECIAL_STEPS
+
+
 def _refuse_tasks(nodes: int) -> None:
     """UserError if this is one of more tasks than the run has nodes: each would be a whole run of its own."""
+    for who, place in ON_THIS_NODE:
+        if _foreign(place):
+            raise UserError(_several(f"{place}={_foreign(place)}: {who} has started several", who))
     for who, count, place, its_nodes in TASKS:
+        if count == "SLURM_STEP_NUM_TASKS" and not os.environ.get(count) and _in_step():
+            count = "SLURM_NTASKS"  # outside of a step it counts what a step could have
         tasks, above = _foreign(count), _foreign(place) + 1
         if max(tasks, above) <= nodes:
             continue
@@ -222,12 +239,16 @@ def _refuse_tasks(nodes: int) -> None:
             else f"{place}={above - 1}: {who} has started several"
         )
         per_node = -(-tasks // max(1, _foreign(its_nodes))) if its_nodes else 0
-        once = "./run_train.sh once on each node" + (" (srun --ntasks-per-node=1)" if "srun" in who else "")
-        raise UserError(
-            f"{found} of this command, each of which would be a whole run in the same folder; start {once} with"
-            f" NGPU={per_node if per_node > 1 else '<processes per node>'}, or set WORLD_SIZE=1 if each has a run of"
-            " its own"
-        )
+        raise UserError(_several(found, who, per_node))
+
+
+def _several(found: str, who: str, per_node: int = 0) -> str:
+    once = "./run_train.sh once on each node" + (" (srun --ntasks-per-node=1)" if "srun" in who else "")
+    return (
+        f"{found} of this command, each of which would be a whole run in the same folder; start {once} with"
+        f" NGPU={per_node if per_node > 1 else '<processes per node>'}, or set WORLD_SIZE=1 if each has a run of"
+        " its own"
+    )
 
 
 def _refuse_left_over(rank: int | None, local_rank: int | None) -> None:

@@ -138,7 +138,7 @@ class Trainer:
         masked, end = data.document_mask != "none", self.text.documents["eod_id"]
         self.eod_id = end if masked else None  # None: documents are not told apart
         if config.validation.enable:
-            self.held_out = HeldOut(config.validation, data, config.training.seq_len)
+            self.held_out = HeldOut(config.validation, data, config.training.seq_len, self.shape.vocab_size)
         self.tokenizer = load_tokenizer(assets) if config.sampling.freq and assets else None
 
     def _build_metrics(self) -> None:

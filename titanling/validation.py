@@ -19,10 +19,11 @@ from titanling.parallel.runner import Batch, Runner
 class HeldOut:
     """The validation set of a run, opened on one of its ranks."""
 
-    def __init__(self, settings: Validation, data: Data, seq_len: int) -> None:
+    def __init__(self, settings: Validation, data: Data, seq_len: int, vocab_size: int) -> None:
         """`seq_len` is that of training. Raises UserError for what is wrong with the files."""
         assert data.validation is not None  # check_runnable saw to it
         self.settings, self.prefix, self.seq_len = settings, data.validation, settings.seq_len or seq_len
+        self.vocab_size = vocab_size
         self.files, known = open_files(self.prefix, data), facts(self.prefix, data)
         self.eod_id = known.eod_id if data.document_mask != "none" else None
         self.bytes_per_token = known.utf8_bytes / known.tokens if known.utf8_bytes else None  # unknown of foreign files
@@ -35,7 +36,8 @@ class HeldOut:
         Raises UserError if no token of the set is to be predicted.
         """
         size, count = self.settings.local_batch_size, self.settings.steps
-        batches = validation_batches(self.files, self.seq_len, size, count, world.dp_rank, world.degrees.dp)
+        where = world.dp_rank, world.degrees.dp
+        batches = validation_batches(self.files, self.seq_len, size, count, *where, self.vocab_size)
         totals = torch.zeros(2, device=world.device, dtype=torch.float64)
         alike = world.size // world.degrees.dp  # ranks that share their sequences
         with runner.evaluation():
