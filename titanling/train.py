@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from titanling.data.prepare.run import prepare
 from titanling.data.sources import all_prefixes, check_epochs, check_length, check_sources, open_sources
 from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import FAILED_NUMERICALLY, UserError
+from titanling.files import set_aside, write_whole
 from titanling.model.presets import LlamaShape
 from titanling.owner import Owner
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
@@ -123,7 +125,7 @@ def _run(config: Config, shape: LlamaShape, degrees: Degrees, stop: StopRequest,
         trainer = Trainer(config, shape, degrees, stop, owner)
         if trainer.world.rank == 0:
             # Only now: a run that is refused, because its checkpoint differs say, leaves the earlier config.
-            _save_config(config)
+            _save_config(config, trainer.metrics.info)
         if trainer.step >= config.training.steps:
             trainer.metrics.info(f"this run is complete at step {trainer.step}; how to go on is said below")
         losses = trainer.train()
@@ -199,14 +201,17 @@ def _run_folders(config: Config) -> dict[str, Path]:
     return folders
 
 
-def _save_config(config: Config) -> None:
+def _save_config(config: Config, say: Callable[[str], None]) -> None:
+    """Write the run's config; another one that is there, of an earlier start or the user's own, is kept."""
     path = Path(config.job.dump_folder) / "config.toml"
-    partial, content = path.with_suffix(".toml.partial"), dump_toml(config).encode()
+    content = dump_toml(config).encode()
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
+        if os.path.lexists(path):
+            if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+                return
+            say(f"{path}: differs from this start's config and is kept as {set_aside(path).name}")
+        write_whole(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         room = f": {shortage(path, len(content))}" if error.errno in FULL else ""
         raise UserError(
             f"{path}: cannot be written: {error.strerror}{room}; free some space or mend permissions"

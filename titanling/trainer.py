@@ -190,7 +190,12 @@ class Trainer:
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
             self.metrics.resume_at(self.step, validated=not self.interrupted)
         if self.audit is not None:
-            self.audit.resume_at(self.step)
+            try:
+                for line in self.audit.resume_at(self.step):
+                    self.metrics.info(line)
+            except OSError as error:
+                where = error.filename or self.run_folder / "data"
+                raise UserError(f"{where}: the audit log cannot be written: {error.strerror}; move it away") from None
         if restored is not None:
             self.metrics.info("; ".join([restored.what, *restored.remarks]))
 
@@ -206,7 +211,8 @@ class Trainer:
         with self.world.naming_the_lost():
             if not self._asked_to_stop() and self.interrupted:
                 self._make_up()
-            with profile(config.profiling, self.run_folder, self.world.rank, self.step) as profiler:
+            guard = self.metrics.guard
+            with profile(config.profiling, self.run_folder, self.world.rank, self.step, guard) as profiler:
                 self._take_steps(profiler.step)
             self.checkpointer.finish()
             self._judge()
@@ -293,7 +299,8 @@ class Trainer:
         sample = 0 if self.audit is None else self.text.loader.dataset.samples
         micro_batches = self.text.read(self.batches, self.accumulation, self.world.gather)
         if self.audit is not None:
-            self.audit.append(self.step + 1, sample, [batch["input_ids"].numpy() for batch in micro_batches])
+            ids = [batch["input_ids"].numpy() for batch in micro_batches]
+            self.metrics.guard("audit log", partial(self.audit.append, self.step + 1, sample, ids))
         cut = self.text.mixture.seq_len_at(first)
         self.seq_len = cut or training.seq_len
         read = [separate_documents(cut_rows(batch, cut), self.eod_id) for batch in micro_batches]

@@ -101,8 +101,9 @@ def test_a_checkpoint_set_aside_is_kept_and_never_counts(tmp_path: Path) -> None
         make(tmp_path, step)
     assert folder.set_aside(tmp_path / "step-000002", "superseded") == "step-000002.superseded"
     make(tmp_path, 2)
-    assert folder.set_aside(tmp_path / "step-000002", "superseded") == "step-000002.superseded"
-    assert names(tmp_path) == ["step-000001", "step-000002.superseded"]
+    assert folder.set_aside(tmp_path / "step-000002", "superseded") == "step-000002.superseded-2"
+    assert names(tmp_path) == ["step-000001", "step-000002.superseded", "step-000002.superseded-2"]
+    assert folder.parse_name("step-000002.superseded-2") == (2, "superseded")
     assert folder.list_steps(tmp_path) == [1]
     assert problem(tmp_path / "step-000002.superseded") is None
 
@@ -194,16 +195,46 @@ def test_truncated_or_missing_files_are_named(tmp_path: Path, name: str, length:
 def test_what_a_link_leads_to_is_neither_written_nor_deleted(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "checkpoints", make(tmp_path / "elsewhere", 1)
     root.mkdir()
-    for name in ("step-000002.partial", "step-000003.deleted", "step-000001", "step-000004.damaged"):
+    links = ["step-000001", "step-000003.deleted", "step-000004.damaged", "step-000009.partial"]
+    for name in links:
         (root / name).symlink_to(elsewhere)
     before = snapshot(elsewhere)
-    folder.remove_leftovers(root)
-    assert names(root) == ["step-000001", "step-000004.damaged"]
+    assert all("a link" in remark for remark in folder.remove_leftovers(root))
     for step in (2, 3, 4):
         make(root, step)
-    assert folder.prune(root, 2) == [1, 2]
-    assert folder.set_aside(root / "step-000004", "damaged") == "step-000004.damaged"
-    assert names(root) == ["step-000003", "step-000004.damaged"] and snapshot(elsewhere) == before
+    with pytest.raises(OSError, match="it is a link; move it away"):
+        folder.begin(root / "step-000009")
+    assert folder.prune(root, 1) == [2, 3]
+    assert folder.set_aside(root / "step-000004", "damaged") == "step-000004.damaged-2"
+    assert names(root) == sorted([*links, "step-000004.damaged-2"]) and snapshot(elsewhere) == before
+
+
+def test_what_is_not_ours_stays_whatever_its_name(tmp_path: Path) -> None:
+    """A user's own folder, file or notes under every name that a checkpoint's may have on its way."""
+    kept = {}
+    for name in ("step-000001", "step-000002.partial", "step-000002.deleted", "step-000002.deleted-2"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        kept[tmp_path / name / "notes.txt"] = name
+    kept |= {tmp_path / "step-000003.partial": "a file", tmp_path / "step-000007.superseded": "mine"}
+    kept |= {tmp_path / "step-000007.deleted": "mine"}
+    for path, text in kept.items():
+        path.write_text(text)
+    remarks = folder.remove_leftovers(tmp_path)
+    assert [remark.partition(": ")[0].rpartition("/")[2] for remark in remarks] == [
+        "step-000002.deleted", "step-000002.deleted-2", "step-000002.partial", "step-000003.partial",
+        "step-000007.deleted"
+    ]  # fmt: skip
+    for step in (4, 5, 6):
+        make(tmp_path, step)
+    for step in (2, 3):
+        with pytest.raises(OSError, match="move it away|File exists"):
+            folder.begin(tmp_path / f"step-{step:06d}")
+    (tmp_path / "step-000004" / "mine.txt").write_text("why I keep it")
+    kept[tmp_path / "step-000004" / "mine.txt"] = "why I keep it"
+    assert folder.prune(tmp_path, 1) == [5] and "mine.txt" in folder.spared(tmp_path, 1)[1]
+    folder.delete(make(tmp_path, 7))
+    assert folder.set_aside(make(tmp_path, 7), "superseded") == "step-000007.superseded-2"
+    assert {path: path.read_text() for path in kept} == kept
 
 
 def test_listing_while_checkpoints_come_and_go(tmp_path: Path) -> None:

@@ -89,14 +89,15 @@ def test_deleting_takes_the_manifest_first(root: Path, monkeypatch: pytest.Monke
 
 def test_setting_aside_keeps_every_byte(root: Path) -> None:
     make(root, 1)
-    for _ in range(2):  # also over an earlier one
+    asides = ["step-000002.superseded", "step-000002.superseded-2"]
+    for aside in asides:  # also beside an earlier one
         make(root, 2)
-        assert folder.set_aside(root / "step-000002", "superseded") == "step-000002.superseded"
-    assert names(root) == ["step-000001", "step-000002.superseded"] and folder.list_steps(root) == [1]
-    aside = root / "step-000002.superseded"
-    assert {name: (aside / name).read_bytes() for name in FILES} == FILES
+        assert folder.set_aside(root / "step-000002", "superseded") == aside
+    assert names(root) == ["step-000001", *asides] and folder.list_steps(root) == [1]
     folder.remove_leftovers(root)
-    assert folder.read_manifest(aside).keys() == FILES.keys()
+    for aside in asides:
+        assert {name: (root / aside / name).read_bytes() for name in FILES} == FILES
+        assert folder.read_manifest(root / aside).keys() == FILES.keys()
 
 
 def test_begun_again_it_is_not_whole(root: Path) -> None:

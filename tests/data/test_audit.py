@@ -56,4 +56,11 @@ def test_ranks_come_and_go(tmp_path: Path, source: MixedSource) -> None:
         "steps-rank003.jsonl": [[3], [7]],
     }
     run(1, 0, 1)  # anew
-    assert samples()["steps-rank000.jsonl"] == [[0, 1, 2, 3]] and not any(list(samples().values())[1:])
+    found = samples()
+    assert found.pop("steps-rank000.jsonl") == [[0, 1, 2, 3]]
+    assert found == {  # kept
+        "steps-rank000.1.jsonl": [[0], [4], [8, 10], [12, 14]],
+        "steps-rank001.1.jsonl": [[1], [5], [9, 11], [13, 15]],
+        "steps-rank002.1.jsonl": [[2], [6]],
+        "steps-rank003.1.jsonl": [[3], [7]],
+    }

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -259,12 +260,68 @@ def test_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> Non
         make(tmp_path / "file")
 
 
-def test_failed_rewrite_is_the_users_error_and_loses_nothing(tmp_path: Path) -> None:
+def test_failed_rewrite_is_the_users_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
-    (tmp_path / "metrics.jsonl.tmp").mkdir()
+    logger = make(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="metrics.jsonl: cannot be rewritten"):
-        make(tmp_path).resume_at(0)
+        logger.resume_at(5)
     assert rows(tmp_path) == [{"step": 10}]
+
+
+def test_a_new_run_keeps_what_an_earlier_one_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in (1, 2, 3):
+        logger = make(tmp_path)
+        logger.resume_at(0)
+        logger.log_step({**ROW, "step": run})
+        logger.close()
+    kept = {path.name: json.loads(path.read_text())["step"] for path in tmp_path.iterdir()}
+    assert kept == {"metrics.jsonl": 3, "metrics.1.jsonl": 1, "metrics.2.jsonl": 2}
+    assert "kept as metrics.2.jsonl" in capsys.readouterr().out
+
+
+def test_a_deep_line_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + '\n{"step": 2}\n')
+    make(tmp_path).resume_at(2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("becomes", ["deleted", "folder deleted", "pipe", "link", "folder", "file"])
+def test_what_happens_to_the_file_while_it_is_written_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], becomes: str
+) -> None:
+    logger, path = make(tmp_path / "run"), tmp_path / "run/metrics.jsonl"
+    logger.log_step(ROW)
+    shutil.rmtree(path.parent) if becomes == "folder deleted" else path.unlink()
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    {
+        "pipe": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(precious),
+        "folder": lambda: path.mkdir(),
+        "file": lambda: path.write_text('{"step": 1}\n'),
+    }.get(becomes, lambda: None)()
+    for _ in range(2):
+        logger.log_step(ROW)
+    logger.close()
+    goes_on = becomes in ("deleted", "folder deleted", "file")
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and ("go on in a new one" if goes_on else "rows are lost") in said
+    assert precious.read_text() == "mine"
+    if goes_on:
+        assert [row["step"] for row in rows(tmp_path / "run")][-2:] == [ROW["step"]] * 2
+
+
+@pytest.mark.parametrize("becomes", ["pipe", "link", "folder"])
+def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, becomes: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    {"pipe": os.mkfifo, "link": lambda at: at.symlink_to("elsewhere"), "folder": os.mkdir}[becomes](path)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written there .it is "):
+        make(tmp_path)
 
 
 def test_a_full_disk_keeps_no_half_of_a_rewrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

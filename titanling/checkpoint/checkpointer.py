@@ -39,10 +39,12 @@ class Checkpointer:
         self._staging = Staging(world, copies=self._async, pinned=settings.async_mode == "async_with_pinned_mem")
         self._save: Save | None = None
         self._unsaved: str | None = None
+        self._warned: str | None = None  # of what retention cannot delete: once, not after every save
         self._ending = False
         self._last_begun = time.monotonic()
         if settings.enable and world.rank == 0:
-            folder.remove_leftovers(self.root)
+            for remark in folder.remove_leftovers(self.root):
+                warn(remark)
 
     # Saving
 
@@ -113,7 +115,8 @@ class Checkpointer:
             self._save = None
             if save.damage is not None:
                 self._judge(save.damage)
-            if save.warning is not None:
+            if save.warning is not None and save.warning != self._warned:
+                self._warned = save.warning
                 self._warn(save.warning)
 
     def _judge(self, failure: str | None) -> None:

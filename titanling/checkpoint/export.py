@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from titanling.checkpoint.team import Team
 from titanling.checkpoint.tokenizer_files import TokenizerExport, export_tokenizer
 from titanling.checkpoint.weights import find_tokenizer, open_weights, setting, text_ends, verified
 from titanling.errors import UserError
+from titanling.files import new_folder, temporary
 
 MAX_SHARD_SIZE = "5GB"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -65,25 +67,22 @@ def export_to_hf(
     What is changed on the way is said through `say`.
     Raises UserError for a damaged checkpoint, a missing tokenizer, an output that exists or that cannot be written.
     """
-    output = output.resolve()  # "." has no name to put .partial behind
-    partial = output.with_name(output.name + ".partial")
+    output = output.resolve()  # "." has no name to put another beside
     team = Team()
+    partial = Path(team.share(str(temporary(output))))
     plans: list[Plan] = []
 
     def prepare() -> None:
         _refuse_output(checkpoint, output)
         plans.append(_plan(checkpoint, partial, tokenizer, dtype, parse_size(max_shard_size)))
 
-    team.act(prepare, lambda: _begin(partial, output, plans[0]))
-    try:
+    with ExitStack() as stack:
+        team.act(prepare, lambda: _begin(stack, partial, output, plans[0]))
         plan = plans[0]
         team.act(
             lambda: _write_share(plan, output, team.rank, team.size, verify),
             lambda: _finish(plan, partial, output, verify),
         )
-    finally:
-        if team.rank == 0:
-            folder.discard(partial)
     team.leave()
     if team.rank == 0:
         for line in plan.tokenizer.lines:
@@ -135,16 +134,14 @@ def _index(targets: list[Target], sizes: Mapping[str, int], parameters: int) -> 
     return {"metadata": {"total_parameters": parameters, "total_size": sum(sizes.values())}, "weight_map": places}
 
 
-def _begin(partial: Path, output: Path, plan: Plan) -> None:
-    """On rank 0: an empty folder to write to, on a disk with room."""
+def _begin(stack: ExitStack, partial: Path, output: Path, plan: Plan) -> None:
+    """On rank 0: an empty folder to write to until `stack` ends, on a disk with room."""
     existing = next(path for path in output.parents if path.exists())
     free = shutil.disk_usage(existing).free
     if plan.total_bytes > free:
         raise UserError(f"{output}: needs {plan.total_bytes:,} bytes and the disk has {free:,} free; free some space")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        stack.enter_context(new_folder(output, partial))
     except OSError as error:
         raise _cannot_write(output, error) from None
 

@@ -14,11 +14,13 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from titanling.checkpoint.ours import TOP, stranger
 from titanling.checkpoint.remote import RemoteFile, reason
 from titanling.errors import UserError
 
@@ -32,8 +34,8 @@ PARTS = ("model", "optimizer")
 """Folders of tensor files."""
 CHUNK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{6,})")
-_SUFFIXED = re.compile(r"step-(\d{6,})(?:\.(\w+))?")
-_LEFTOVER = re.compile(r"step-\d{6,}\.(partial|deleted)")
+_SUFFIXED = re.compile(r"step-(\d{6,})(?:\.(\w+)(?:-\d+)?)?")
+_LEFTOVER = re.compile(r"step-\d{6,}\.(partial|deleted)(-\d+)?")
 
 
 def renames(path: Path) -> bool:
@@ -68,7 +70,7 @@ def step_name(step: int) -> str:
 
 
 def parse_name(name: str) -> tuple[int, str | None] | None:
-    """Step and suffix of `step-000100` (None) or `step-000100.damaged` ("damaged"); None: another name."""
+    """Step and suffix of `step-000100` (None) or `step-000100.damaged-2` ("damaged"); None: another name."""
     found = _SUFFIXED.fullmatch(name)
     return (int(found[1]), found[2]) if found else None
 
@@ -91,29 +93,41 @@ def list_steps(root: Path) -> list[int]:
     return sorted(int(name[1]) for name, entry in names if name and (renames(root) or (entry / MANIFEST).exists()))
 
 
-def remove_leftovers(root: Path) -> None:
-    """Delete what an interrupted save or deletion left behind."""
-    for entry in list(root.iterdir()) if root.is_dir() else []:
+def remove_leftovers(root: Path) -> list[str]:
+    """Delete what an interrupted save or deletion left behind; what has such a name and is not ours stays, in words."""
+    remarks = []
+    for entry in sorted(root.iterdir()) if root.is_dir() else []:
         torn = not renames(root) and _NAME.fullmatch(entry.name) and not (entry / MANIFEST).exists()
         if torn or _LEFTOVER.fullmatch(entry.name):
             discard(entry)
+            if renames(root) and os.path.lexists(entry):
+                found = stranger(entry)
+                what = f"is not ours ({found})" if found else "cannot be removed"
+                remarks.append(f"{entry}: {what} and stays; its name is that of a checkpoint: move it away")
+    return remarks
 
 
 def begin(final: Path) -> None:
-    """Make the folder in which the checkpoint `final` is written. Other ranks may have begun to write there."""
+    """Make the folder in which the checkpoint `final` is written. Other ranks may have begun to write there.
+
+    Raises OSError if what is there is not ours.
+    """
     working = working_folder(final)
     working.mkdir(parents=True, exist_ok=True)
     if not renames(final):
         (final / MANIFEST).unlink(missing_ok=True)
+        return
+    found = [entry.name for entry in os.scandir(working) if entry.name not in TOP or entry.is_symlink()]
+    if working.is_symlink() or found:
+        what = "it is a link" if working.is_symlink() else f"it holds {min(found)}, which is no part of a checkpoint"
+        raise FileExistsError(errno.EEXIST, f"{what}; move it away", str(working))
 
 
 def discard(folder: Path) -> None:
-    """Delete what there is of a folder, or of a file in its place, as far as that is possible."""
+    """Delete what there is of a folder, as far as that is possible; nothing if it is not ours."""
     with suppress(*failures(folder)):
-        if folder.is_dir():
+        if folder.is_dir() and stranger(folder) is None:
             _remove(folder)
-        else:
-            folder.unlink(missing_ok=True)
 
 
 def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -126,9 +140,8 @@ def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
     sync(working / MANIFEST)
     for path in sorted({working, *(working / name for name in map(os.path.dirname, files))}, reverse=True):
         sync(path)
-    former = final.with_name(final.name + ".deleted")
-    if final.exists():  # out of the way in one move: deleting it takes time
-        discard(former)
+    former = _free(final, "deleted")
+    if os.path.lexists(final):  # out of the way in one move: deleting it takes time
         final.rename(former)
     working.rename(final)
     sync_parents(final)
@@ -138,22 +151,35 @@ def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
 def prune(root: Path, keep: int, protected: Collection[int] = (), every: int = 0) -> list[int]:
     """Delete all but the newest `keep` checkpoints (0 keeps all); the steps that were deleted.
 
-    Those of `protected` steps and of multiples of `every` stay as well.
+    Those of `protected` steps and of multiples of `every` stay as well, and those that hold what is not ours.
     """
-    doomed = [
-        step
-        for step in (list_steps(root)[:-keep] if keep else [])
-        if step not in protected and not (every and step % every == 0)
-    ]
+    doomed = [step for step, strange in _superfluous(root, keep, protected, every).items() if strange is None]
     for step in doomed:
         delete(step_folder(root, step))
     return doomed
 
 
+def spared(root: Path, keep: int, protected: Collection[int] = (), every: int = 0) -> list[str]:
+    """Why `prune`, called so, leaves checkpoints that it would delete if nothing of somebody else's were in them."""
+    found = _superfluous(root, keep, protected, every)
+    return [f"{step_folder(root, step)}: is kept, for it holds {what}" for step, what in found.items() if what]
+
+
+def _superfluous(root: Path, keep: int, protected: Collection[int], every: int) -> dict[int, str | None]:
+    """Step of each checkpoint that retention would let go → what there is in it that is not ours."""
+    return {
+        step: stranger(step_folder(root, step))
+        for step in (list_steps(root)[:-keep] if keep else [])
+        if step not in protected and not (every and step % every == 0)
+    }
+
+
 def set_aside(folder: Path, why: str) -> str:
-    """Keep a checkpoint under another name, `….<why>`, never again taken for a part of this run; that name."""
-    aside = folder.with_name(f"{folder.name}.{why}")
-    discard(aside)
+    """Keep a checkpoint under another name, `….<why>`, never again taken for a part of this run; that name.
+
+    Another one that was set aside stays: the second is `….<why>-2`.
+    """
+    aside = _free(folder, why)
     if renames(folder):
         return folder.rename(aside).name
     # A copy, the manifest last, and only then is the original deleted: cut short, one of the two is whole.
@@ -168,7 +194,7 @@ def set_aside(folder: Path, why: str) -> str:
 def delete(folder: Path) -> None:
     """Delete a checkpoint. Cut short, it leaves none that looks whole."""
     if renames(folder):
-        folder = folder.rename(folder.with_name(folder.name + ".deleted"))
+        folder = folder.rename(_free(folder, "deleted"))
     else:
         (folder / MANIFEST).unlink(missing_ok=True)
     _remove(folder)
@@ -352,6 +378,12 @@ def _manifest(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _seal(files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _free(folder: Path, why: str) -> Path:
+    """The first of `….<why>`, `….<why>-2`, … that nothing has."""
+    names = (folder.with_name(f"{folder.name}.{why}{f'-{number}' if number > 1 else ''}") for number in count(1))
+    return next(name for name in names if not (os.path.lexists(name) if renames(name) else name.exists()))
 
 
 def _remove(folder: Path) -> None:

@@ -103,7 +103,8 @@ def _write(source: Source, shape: LlamaShape, output: Path, config: dict[str, An
     sizes = sizes_of(source, dtypes)
     working = folder.working_folder(final)
     try:
-        folder.discard(working)
+        if folder.renames(final):
+            folder.discard(working)  # of an import that was cut short
         folder.begin(final)
         _check_space(working, sum(sizes.values()))
         files: dict[str, dict[str, Any]] = {}
@@ -120,6 +121,8 @@ def _write(source: Source, shape: LlamaShape, output: Path, config: dict[str, An
         folder.sync(working / folder.STATE)
         files[folder.STATE] = folder.digest(working / folder.STATE)
         folder.commit(final, files)
+    except FileExistsError as error:
+        raise UserError(f"{error.filename}: is in the way ({error.strerror}); move it away") from None
     except OSError as error:
         raise UserError(
             f"{output}: cannot be written: {error.strerror or error}; free some space or choose another --output"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from titanling.checkpoint import folder, remote
+from titanling.checkpoint.ours import stranger
 from titanling.checkpoint.state import read_state
 from titanling.config.toml import parse_toml
 from titanling.errors import UserError
@@ -168,6 +169,8 @@ def _prune(root: Path, keep: int, every: int, really: bool) -> Pruned:
             result.kept.append((entry.step, "the last before the decay: a longer run goes on from it"))
         elif every and entry.step % every == 0:
             result.kept.append((entry.step, f"a multiple of {every}"))
+        elif (strange := stranger(entry.path)) is not None:
+            result.kept.append((entry.step, f"holds what is not ours: {strange}"))
         else:
             result.deleted.append(entry.step)
             result.bytes += entry.bytes

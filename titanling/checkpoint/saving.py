@@ -157,6 +157,7 @@ class Save:
 
     def _write(self) -> None:
         content, rank, size = self._content, self._world.rank, self._world.size
+        folder.begin(self.final)
         if rank == 0:
             self._check_space()
         for part, pieces in content.pieces.items():
@@ -173,11 +174,13 @@ class Save:
     def _create(self, name: str) -> BinaryIO:
         path = self.working / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb", buffering=0) if folder.renames(path) else path.open("wb")  # type: ignore[return-value]
+        if not folder.renames(path):
+            return path.open("wb")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # through no link
+        return os.fdopen(os.open(path, flags, 0o666), "wb", buffering=0)  # type: ignore[return-value]
 
     def _check_space(self) -> None:
         """A lower bound (other nodes may share this disk), but it says so before anything is written."""
-        folder.begin(self.final)
         needed = self._content.total_bytes
         if folder.renames(self.working) and needed > shutil.disk_usage(self.working).free:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -210,12 +213,13 @@ class Save:
         bad = next((report for report in reports if report is not None), None)
         if bad is not None:
             return f"{bad}: this checkpoint does not read back as it was written; look at the disk", None
-        rule = self._retention
+        rule, root = self._retention, self.final.parent
+        protected = {*rule.protected, _step(self.final)}
         try:
-            folder.prune(self.final.parent, rule.keep, {*rule.protected, _step(self.final)}, rule.every)
+            folder.prune(root, rule.keep, protected, rule.every)
+            return None, next(iter(folder.spared(root, rule.keep, protected, rule.every)), None)
         except folder.failures(self.final) as error:
-            return None, f"{self.final.parent}: an older checkpoint cannot be deleted: {folder.reason(error)}"
-        return None, None
+            return None, f"{root}: an older checkpoint cannot be deleted: {folder.reason(error)}"
 
 
 def _by_file(pieces: Mapping[str, Piece]) -> list[dict[str, Piece]]:

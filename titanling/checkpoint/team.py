@@ -62,6 +62,10 @@ class Team:
         if outcome is not None:
             raise UserError(outcome)
 
+    def share(self, value: str) -> str:
+        """What rank 0 gave here, on every process."""
+        return self._agreement.decide(value, lambda values: values[0])
+
     def leave(self) -> None:
         """Rank 0, which may keep the store, waits until the others need it no more."""
         if self._store is None:

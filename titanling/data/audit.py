@@ -21,6 +21,7 @@ import numpy as np
 
 from titanling.data.sources import MixedSource
 from titanling.data.trace import pieces
+from titanling.files import append_to, is_still, set_aside
 
 FOLDER = "data"
 STEP = re.compile(rb'\{"step": (\d+), ')
@@ -34,20 +35,30 @@ class AuditLog:
         self._source = source
         self._dp_rank, self._dp_world = dp_rank, dp_world
 
-    def resume_at(self, step: int) -> None:
-        """Remove what comes after a step, also from files of ranks that are no more; those are shared out."""
+    def resume_at(self, step: int) -> list[str]:
+        """Remove what comes after a step, also from files of ranks that are no more; those are shared out.
+
+        At 0, the log of an earlier run is kept under another name. Returns what was done, in words. Raises OSError.
+        """
+        said = []
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob("steps-rank*.jsonl"):
+        for path in sorted(self._folder.glob("steps-rank*.jsonl")):
             rank = path.stem.removeprefix("steps-rank")
             if rank.isdecimal() and int(rank) % self._dp_world == self._dp_rank:
-                cut_after(path, step)
-        # Unbuffered: a line is one write, with the operating system when `append` returns.
-        self._file = open(self._folder / f"steps-rank{self._dp_rank:03d}.jsonl", "ab", buffering=0)
+                append_to(path).close()  # it is a file, then
+                if step == 0 and path.stat().st_size:
+                    said.append(f"{path}: what an earlier run wrote is kept as {set_aside(path).name}")
+                else:
+                    cut_after(path, step)
+        self._path = self._folder / f"steps-rank{self._dp_rank:03d}.jsonl"
+        self._file = append_to(self._path)
+        return said
 
     def append(self, step: int, first: int, batches: Sequence[np.ndarray]) -> None:
         """Write the line of a step: its micro-batches' input ids, (rows, seq_len) each, from sample `first` of the run.
 
         `first` is that of all ranks together, of whose samples this rank has its share of each micro-batch.
+        Raises OSError; the file then has what it had.
         """
         found = []
         for number, rows in enumerate(batches):
@@ -56,9 +67,18 @@ class AuditLog:
                 digest = hashlib.blake2b(np.ascontiguousarray(ids, "<i8").tobytes(), digest_size=16).hexdigest()
                 parts = [piece._asdict() for piece in pieces(self._source, sample)]
                 found.append({"sample": sample, "blake2b": digest, "pieces": parts})
+        if self._file.closed or not is_still(self._file, self._path):
+            self._file.close()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = append_to(self._path)
         line = json.dumps({"step": step, "sequences": found}, ensure_ascii=False).encode() + b"\n"
-        while line:  # a disk that fills up takes a part, and the rest raises the error
-            line = line[self._file.write(line) :]
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that fills up takes a part, and the rest raises the error
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)
+            raise
 
     def close(self) -> None:
         """Close the file."""

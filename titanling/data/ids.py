@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from titanling.errors import UserError
+from titanling.files import new_file
 
 BLOCK = 1 << 24
 
@@ -31,18 +32,12 @@ def write_ids(prefix: str, inputs: Sequence[str]) -> str | None:
     if not inputs:
         Path(ids_path(prefix)).unlink(missing_ok=True)  # of a run that was killed and had another id_field
         return None
-    partial, digest = f"{ids_path(prefix)}.partial", hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            for path in inputs:
-                for block in _blocks(path):
-                    file.write(block)
-                    digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, ids_path(prefix))
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    digest = hashlib.sha256()
+    with new_file(Path(ids_path(prefix))) as file:
+        for path in inputs:
+            for block in _blocks(path):
+                file.write(block)
+                digest.update(block)
     return digest.hexdigest()
 
 

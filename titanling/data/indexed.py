@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,7 @@ from titanling.data.identity import sample_file
 from titanling.data.ids import ids_path
 from titanling.data.tokenfile import FileArray, OpenFile, TokenFile
 from titanling.errors import UserError
+from titanling.files import NewFile, new_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -33,6 +34,7 @@ DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 """Dtype codes that are read and written."""
 
 FLUSH_TOKENS = 1 << 20
+_SIDECAR_BEGINS = b'{\n  "format_version": 1,'
 PREPARE_AGAIN = "delete the three files of this prefix and prepare them again (scripts/prepare_data.py)"
 
 
@@ -131,15 +133,40 @@ def _read_header(path: str) -> tuple[int, int, int]:
 
 def check_unused(prefix: str) -> None:
     """Raise `UserError` if there are files of this prefix that `IndexedWriter` may not replace."""
-    existing = [path for path in (*_files(prefix), ids_path(prefix)) if os.path.exists(path)]
-    if f"{prefix}.json" in existing or (existing and not os.path.exists(f"{prefix}.json.partial")):
+    existing = [path for path in (*_files(prefix), ids_path(prefix)) if os.path.lexists(path)]
+    claim = _claim_path(prefix)
+    claimed = os.path.lexists(claim)
+    if claimed and not _is_claim(claim):
+        raise UserError(f"{claim}: is in the way and not ours; move it away or choose another prefix")
+    if f"{prefix}.json" in existing or (existing and not claimed):
         raise UserError(f"{existing[0]}: exists and is never overwritten; move it away or choose another prefix")
+
+
+def _claim_path(prefix: str) -> str:
+    return f"{prefix}.json.partial"
+
+
+def _is_claim(path: str) -> bool:
+    """Whether that is a claim of ours on a prefix: empty, or the beginning of a sidecar."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        begun = file.read(len(_SIDECAR_BEGINS))
+    return _SIDECAR_BEGINS.startswith(begun)
+
+
+def _open_claim(prefix: str) -> BinaryIO:
+    """The claim on a prefix, made if it is missing, emptied if it is ours. Raises UserError if it is not."""
+    path = _claim_path(prefix)
+    if os.path.lexists(path) and not _is_claim(path):
+        raise UserError(f"{path}: is in the way and not ours; move it away or choose another prefix")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb")
 
 
 class IndexedWriter:
     """Writes one .bin/.idx pair: a context manager whose files appear under their names only on success.
 
-    Files grow as `*.partial` and are synced and renamed at the end, `.bin` first. From the beginning until
+    Files grow under temporary names and are synced and renamed at the end, `.bin` first. From the beginning until
     `write_sidecar` an (at first empty) `.json.partial` claims the prefix for us: it tells an interrupted run, which
     may be done again, from foreign files, which are never overwritten.
 
@@ -162,8 +189,8 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         check_unused(self.prefix)
-        Path(f"{self.prefix}.json.partial").touch()
-        self._bin = open(f"{self.prefix}.bin.partial", "wb")
+        _open_claim(self.prefix).close()
+        self._bin = NewFile(Path(f"{self.prefix}.bin"))
         return self
 
     def __exit__(
@@ -173,8 +200,10 @@ class IndexedWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._bin.close()
-            self._clean()
+            self._bin.drop()
+            # The claim stays if it vouches for a .bin or .idx that waits for its sidecar.
+            if not any(os.path.exists(path) for path in _files(self.prefix)):
+                Path(_claim_path(self.prefix)).unlink(missing_ok=True)
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document: token ids that already end with the end-of-document token."""
@@ -232,7 +261,7 @@ class IndexedWriter:
         self._counts += np.bincount(tokens, minlength=self.vocab_size)
         raw = tokens.astype(self._dtype).tobytes()
         self._bin_hash.update(raw)
-        self._bin.write(raw)
+        self._bin.file.write(raw)
         self._pending.clear()
         self._pending_tokens = 0
 
@@ -246,22 +275,13 @@ class IndexedWriter:
         pointers = np.zeros(sequences, "<i8")
         np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
         header = HEADER.pack(MAGIC, VERSION, self._code, sequences, sequences + 1)
-        with open(f"{self.prefix}.idx.partial", "wb") as idx:
+        with new_file(Path(f"{self.prefix}.idx")) as idx:
             for part in (header, lengths.astype("<i4"), pointers, np.arange(sequences + 1, dtype="<i8")):
                 idx.write(part)
                 self._idx_hash.update(part)
-            _sync(idx)
-        _sync(self._bin)
-        for suffix in ("bin", "idx"):
-            os.replace(f"{self.prefix}.{suffix}.partial", f"{self.prefix}.{suffix}")
-        sync_folder(self.prefix)
-
-    def _clean(self) -> None:
-        """Remove partial files; the claim too, unless it vouches for a .bin or .idx that waits for its sidecar."""
-        for suffix in ("bin", "idx"):
-            Path(f"{self.prefix}.{suffix}.partial").unlink(missing_ok=True)
-        if not any(os.path.exists(path) for path in _files(self.prefix)):
-            Path(f"{self.prefix}.json.partial").unlink(missing_ok=True)
+            idx.flush()
+            os.fsync(idx.fileno())
+            self._bin.publish()
 
 
 class Sidecar(BaseModel):
@@ -301,11 +321,11 @@ class Sidecar(BaseModel):
 
 def write_sidecar(prefix: str, sidecar: Sidecar) -> None:
     """Write `prefix.json` atomically and durably; with it, the token files count as complete."""
-    partial = f"{prefix}.json.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(sidecar.model_dump_json(indent=2, exclude_none=True) + "\n")
-        _sync(file)
-    os.replace(partial, f"{prefix}.json")
+    with _open_claim(prefix) as file:
+        file.write((sidecar.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_claim_path(prefix), f"{prefix}.json")
     sync_folder(prefix)
 
 
@@ -347,11 +367,6 @@ def sync_folder(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _files(prefix: str) -> tuple[str, str, str]:

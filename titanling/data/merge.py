@@ -20,7 +20,7 @@ from titanling.data.indexed import (
     write_sidecar,
 )
 from titanling.data.prepare.join import copy_documents
-from titanling.data.prepare.report import Report, merge_reports, read_report, write_report
+from titanling.data.prepare.report import Report, check_unused_report, merge_reports, read_report, write_report
 from titanling.errors import UserError
 
 SHARD = re.compile(r"-shard-(\d{5})-of-(\d{5})\.(?:json|empty)$")
@@ -71,6 +71,7 @@ def merge(prefix: str, inputs: Sequence[str]) -> tuple[Sidecar, list[str]]:
             raise UserError(
                 f"{name}.json: bos_id is not that of {filled[0]}.json; prepare both with the same data.prepare.add_bos"
             )
+    check_unused_report(prefix)
     report, lines = _merge_reports(inputs)
     with IndexedWriter(prefix, first.vocab_size) as writer:
         for name, sidecar in zip(filled, sidecars, strict=True):

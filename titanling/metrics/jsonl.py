@@ -4,9 +4,10 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from titanling.files import NewFile, append_to, is_still, set_aside
 
 Scalar = float | int
 
@@ -29,19 +30,28 @@ def encode_row(row: Mapping[str, Scalar]) -> bytes:
 class JsonLines:
     """Appends rows to a file. Each row is with the operating system when `append` returns.
 
-    Raises OSError from the constructor if the file cannot be opened.
+    If the file is deleted or replaced meanwhile, rows go to the one that is there now, or to a new one.
+    Raises OSError from the constructor if the file cannot be opened: a link, say, or a pipe.
     """
 
     path: Path
     """The file."""
+    replaced: bool
+    """Whether rows have gone on in another file than the one that was opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = self._open()
+        self.replaced = False
+        self._file = append_to(path)
 
     def append(self, row: Mapping[str, Scalar]) -> None:
         """Write one row. On OSError (a full disk) nothing of it stays in the file."""
         data = encode_row(row)
+        if self._file.closed or not is_still(self._file, self.path):
+            self._file.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = append_to(self.path)
+            self.replaced = True
         size = self._file.seek(0, os.SEEK_END)
         try:
             written = self._file.write(data)
@@ -52,6 +62,18 @@ class JsonLines:
             self._file.truncate(size)
             raise
 
+    def begin_anew(self) -> Path | None:
+        """Keep what an earlier run wrote under another name, which is returned, and begin an empty file.
+
+        None: there was nothing. Raises OSError.
+        """
+        if not self.path.stat().st_size:
+            return None
+        self._file.close()
+        aside = set_aside(self.path)
+        self._file = append_to(self.path)
+        return aside
+
     def drop_after(self, step: int, validated: bool = True) -> int:
         """Remove rows whose `step` is greater, and lines that are not whole rows (a process died in mid-write).
 
@@ -59,38 +81,27 @@ class JsonLines:
         leaves the old or the new one. Returns the number of lines removed that were not whole rows. Raises OSError,
         leaving the file as it is.
         """
-        scratch = self.path.with_name(self.path.name + ".tmp")
-        changed, broken = False, 0
+        changed, broken, new = False, 0, NewFile(self.path)
         try:
-            with self.path.open("rb") as old, scratch.open("wb") as new:
+            with self.path.open("rb") as old:
                 for line in old:
                     row = _row_of(line)
                     kept = row is not None and row["step"] <= step and (validated or not _validates(row, step))
                     if kept:
-                        new.write(line.rstrip(b"\n") + b"\n")
+                        new.file.write(line.rstrip(b"\n") + b"\n")
                     changed |= not kept or not line.endswith(b"\n")
                     broken += row is None
-                new.flush()
-                os.fsync(new.fileno())
-        except OSError:
-            with suppress(OSError):
-                scratch.unlink()  # the disk is full, perhaps
-            raise
-        if not changed:
-            scratch.unlink()
-            return 0
-        self._file.close()
-        os.replace(scratch, self.path)
-        self._file = self._open()
+            if changed:
+                new.publish()
+                self._file.close()
+                self._file = append_to(self.path)
+        finally:
+            new.drop()
         return broken
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _open(self) -> BinaryIO:
-        # Unbuffered: a row is one write, whole in the file for a reader and after a kill.
-        return self.path.open("ab", buffering=0)
 
 
 def _validates(row: Mapping[str, object], step: int) -> bool:
@@ -102,6 +113,6 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
     """The row, which has a step, or None if the line is not a whole one."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested too deeply
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -51,7 +51,7 @@ class MetricsLogger:
     ) -> None:
         if settings.enable_wandb:
             require_wandb()
-        self._on = rank == 0
+        self._on, self._rank = rank == 0, rank
         self._total_steps = total_steps
         self._device_name = device_name
         self._peak_flops = peak_flops
@@ -67,7 +67,9 @@ class MetricsLogger:
         self._wandb = Wandb(run_folder, run_config) if settings.enable_wandb else None
 
     def resume_at(self, step: int, validated: bool = True) -> None:
-        """Forget what an earlier process logged after `step`, because those steps run again. 0: a new run.
+        """Forget what an earlier process logged after `step`, because those steps run again.
+
+        0: a new run, and what an earlier one logged is kept under another name.
 
         Unless `step` counts as `validated`, what is said of its validation is forgotten too.
         Raises UserError if metrics.jsonl cannot be rewritten; it is then unchanged.
@@ -75,12 +77,15 @@ class MetricsLogger:
         if not self._on:
             return
         try:
+            aside = self._jsonl.begin_anew() if step == 0 else None
             broken = self._jsonl.drop_after(step, validated)
         except OSError as error:
             raise UserError(
                 f"{self._jsonl.path}: cannot be rewritten without the rows after step {step} ({error.strerror});"
                 " free some space or make the folder writable"
             ) from None
+        if aside is not None:
+            self.info(f"metrics.jsonl: this run begins at step 0; what an earlier one wrote is kept as {aside.name}")
         if broken:
             self.warn(f"metrics.jsonl: dropped {broken} line(s) that were not whole rows (an interrupted write)")
         if self._tensorboard is not None:
@@ -127,7 +132,7 @@ class MetricsLogger:
         for line in text.split("\n"):
             self._console.line([(f"    {line}", "dim")])
         if self._tensorboard is not None:
-            self._guard("TensorBoard events", partial(self._tensorboard.text, step, title, text))
+            self.guard("TensorBoard events", partial(self._tensorboard.text, step, title, text))
 
     def info(self, message: str) -> None:
         """Print `message` to stdout."""
@@ -145,28 +150,35 @@ class MetricsLogger:
             return
         self._jsonl.close()
         if self._tensorboard is not None:
-            self._guard("TensorBoard events", self._tensorboard.close)
+            self.guard("TensorBoard events", self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.close()
+            self.guard("W&B", self._wandb.close)
 
     def _record(self, group: str, row: Mapping[str, Scalar], stored: Mapping[str, Scalar]) -> None:
-        self._guard("metrics.jsonl", partial(self._jsonl.append, stored))
+        self.guard("metrics.jsonl", partial(self._jsonl.append, stored))
+        if self._jsonl.replaced:
+            self._warn_once("replaced", f"{self._jsonl.path}: was deleted or replaced; rows go on in a new one")
         if self._tensorboard is not None:
-            self._guard("TensorBoard events", partial(self._tensorboard.scalars, group, row))
+            self.guard("TensorBoard events", partial(self._tensorboard.scalars, group, row))
         if self._wandb is not None:
-            self._wandb.scalars(group, row)
+            self.guard("W&B", partial(self._wandb.scalars, group, row))
 
-    def _guard(self, target: str, write: Callable[[], None]) -> None:
-        # Days of training must not end because a chart cannot be written.
+    def guard(self, target: str, write: Callable[[], None]) -> None:
+        """Write what is only a report. If it fails, on any rank, say so once: training goes on.
+
+        Days of it must not end because a chart cannot be written, whatever a library raises that writes it.
+        """
         try:
             write()
-        except OSError as error:
-            self._warn_once(target, f"{target}: cannot be written ({error.strerror}); training goes on, rows are lost")
+        except Exception as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+            who = "" if self._on else f" by rank {self._rank}"
+            self._warn_once(target, f"{target}: cannot be written{who} ({why}); training goes on, rows are lost")
 
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
-            self.warn(message)
+            self._console.warning(message)
 
     def _alarm(self, mfu_full: float) -> None:
         peak = "unstated" if self._peak_flops is None else f"{self._peak_flops / TERA:g} TFLOP/s"

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +33,32 @@ class TensorBoard:
 
     def scalars(self, group: str, row: Mapping[str, Scalar]) -> None:
         """Write each value of `row` but its step as `group/key`. Raises OSError on a full disk."""
-        writer = self._open()
         step = int(row["step"])
-        for key, value in row.items():
-            if key != "step":
-                writer.add_scalar(f"{group}/{key}", value, step)
+        with self._writing() as writer:
+            for key, value in row.items():
+                if key != "step":
+                    writer.add_scalar(f"{group}/{key}", value, step)
 
     def text(self, step: int, title: str, text: str) -> None:
         """Write `text` verbatim. Raises OSError on a full disk."""
         # Indented by four it is a Markdown code block, whatever it contains.
         verbatim = "\n".join(f"    {line}" for line in text.split("\n"))
-        self._open().add_text(title, verbatim, step)
+        with self._writing() as writer:
+            writer.add_text(title, verbatim, step)
 
     def close(self) -> None:
         """Write out what is pending. Raises OSError on a full disk."""
         if self._writer is not None:
             self._writer.close()
+
+    @contextmanager
+    def _writing(self) -> "Iterator[SummaryWriter]":
+        """The writer. One that fails, as its thread has, is given up: the next write begins another file."""
+        try:
+            yield self._open()
+        except Exception:
+            self._writer = None
+            raise
 
     def _open(self) -> "SummaryWriter":
         if self._writer is None:
@@ -55,7 +67,22 @@ class TensorBoard:
             # An event is on disk 10 s after it was written: two minutes, the default, is a long time to look at
             # an empty page.
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=10)
+            self._purge_step = None  # a second file of this process hides nothing of the first
+            _silence_writers()
         return self._writer
+
+
+def _silence_writers() -> None:
+    """TensorBoard's thread hands on what it raises to the next write; its traceback helps nobody."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "without_writers":
+        return
+
+    def without_writers(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            before(failure)
+
+    threading.excepthook = without_writers
 
 
 def require_wandb() -> None:

@@ -68,7 +68,7 @@ def join_parts(
         written[split] = made.model_copy(update={"prepared": record})
         write_sidecar(prefixes[split], written[split])
     for split in empty:
-        with open(f"{prefixes[split]}.empty", "w") as file:
+        with open(f"{prefixes[split]}.empty", "x") as file:  # never in another's place, nor through a link
             os.fsync(file.fileno())
     return written, remarks
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ from titanling.data.prepare.filters.lists import words_of
 from titanling.data.prepare.readers import Reading, Span, read_documents
 from titanling.data.prepare.text import TextFile
 from titanling.errors import UserError
+from titanling.files import write_whole
+
+NOTE = "settings.json"
+"""In the folder of the work: with which settings it was begun, and that it is ours."""
+WORK = ("signatures", "pairs", "clusters", "kept", "logs")
+"""What else we put there."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,11 @@ def deduplicate(
     for path in (work / "logs" / "filter" / "stats").iterdir():
         for step in json.loads(path.read_text(encoding="utf-8")):
             found.update({name: count for name, count in step["stats"].items() if name in ("read", "written")})
-    shutil.rmtree(work)
+    for name in WORK:
+        shutil.rmtree(work / name, ignore_errors=True)
+    (work / NOTE).unlink()
+    with suppress(OSError):  # the user may have put something there
+        work.rmdir()
     return found["read"], found["written"]
 
 
@@ -186,7 +197,7 @@ def _stages(
     # Its xxhash is one of version 3, which takes strings; ours takes bytes.
     hashing = HashConfig(hash_fc="sha1")
     config = MinhashConfig(settings.n_grams, settings.buckets, settings.hashes, settings.seed, hash_config=hashing)
-    signatures, pairs, clusters, kept = (str(work / name) for name in ("signatures", "pairs", "clusters", "kept"))
+    signatures, pairs, clusters, kept = (str(work / name) for name in WORK[:4])
     read = ReadFile(files, reading)
     return [
         ("signatures", [read, MinhashDedupSignature(signatures, config, Words())], len(files)),
@@ -202,14 +213,18 @@ def _begin(files: Sequence[TextFile], output: str, reading: Reading, settings: M
     output = output.rstrip("/")
     work = Path(f"{output}.partial")
     wanted = {"files": [asdict(file) for file in files], "reading": asdict(reading), "minhash": asdict(settings)}
-    note = work / "settings.json"
+    note = work / NOTE
     if note.exists():
-        if json.loads(note.read_text(encoding="utf-8")) != wanted:
+        try:
+            same = json.loads(note.read_text(encoding="utf-8")) == wanted
+        except (OSError, ValueError, RecursionError):
+            same = False
+        if not same:
             raise UserError(f"{work}: was begun with other files or settings; give those, or remove it to begin anew")
-    elif os.path.exists(output):
+    elif os.path.lexists(output):
         raise UserError(f"{output}: exists; give another --output or move it away")
+    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir() or not note.exists() and any(work.iterdir())):
+        raise UserError(f"{work}: the work would be done there, and it is not ours; give another --output or move it")
     work.mkdir(parents=True, exist_ok=True)
-    partial = work / "settings.json.partial"
-    partial.write_text(json.dumps(wanted), encoding="utf-8")
-    partial.replace(note)
+    write_whole(note, json.dumps(wanted).encode())
     return work

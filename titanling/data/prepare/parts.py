@@ -8,16 +8,21 @@ of each document). In both, `part.json` with what was counted.
 
 import json
 import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from titanling.files import new_folder
+
 SPLITS = ("training", "validation")
+# A part, whole or on its way: of this version, or of those that wrote only the number of their process.
+_PART = re.compile(r"[0-9a-f]{32}(\.(?:titanling-[0-9a-f-]+|\d+)\.partial)?")
 
 
 class ArrayWriter:
@@ -76,18 +81,13 @@ def new_part(folder: str) -> Iterator[str]:
 
     A worker of a killed run may be at the same part: whoever is second leaves the first one's, which is the same.
     """
-    partial = f"{folder}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.mkdir(partial)
-    try:
-        yield partial
+    with new_folder(Path(folder)) as partial:
+        yield str(partial)
         try:
             os.rename(partial, folder)
         except OSError:
             if not os.path.isdir(folder):
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_counts(folder: str, counts: dict[str, Any]) -> None:
@@ -110,8 +110,13 @@ def read_array(folder: str, name: str, dtype: Any) -> np.ndarray:
 
 
 def remove_parts(folder: str, only_if_empty: bool = False) -> None:
-    """Remove the folder of parts; or only what killed workers left, if there are finished parts in it."""
-    for partial in Path(folder).glob("*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    if not only_if_empty or not any(Path(folder).glob("*")):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the parts in a folder, or only what killed workers left of some; and the folder, if nothing else is in it.
+
+    A part's name is a hash: what has another name is somebody else's, and stays.
+    """
+    for entry in list(Path(folder).glob("*")):
+        found = _PART.fullmatch(entry.name)
+        if found and (found[1] or not only_if_empty):
+            shutil.rmtree(entry, ignore_errors=True)
+    with suppress(OSError):
+        os.rmdir(folder)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from titanling.data.indexed import sync_folder
 from titanling.data.prepare.counts import Counts
 from titanling.data.prepare.parts import read_counts
 from titanling.data.prepare.pipeline import Made
+from titanling.errors import UserError
+from titanling.files import write_whole
 
 Report = dict[str, Any]
 
@@ -41,13 +42,22 @@ def merge_reports(reports: Iterable[Report]) -> Report:
 
 def write_report(prefix: str, report: Report) -> None:
     """Write `prefix`.report.json, atomically and durably."""
-    path = f"{prefix}.report.json"
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.partial", path)
-    sync_folder(path)
+    write_whole(Path(f"{prefix}.report.json"), (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def check_unused_report(prefix: str) -> None:
+    """Raise `UserError` if a file that is no report of ours has the report's name."""
+    path = Path(f"{prefix}.report.json")
+    if not os.path.lexists(path):
+        return
+    try:
+        known = (
+            path.is_file() and not path.is_symlink() and {"filters", "sources"} <= json.loads(path.read_bytes()).keys()
+        )
+    except (OSError, ValueError, AttributeError, RecursionError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: is no report of ours and would be overwritten; move it away or choose another prefix")
 
 
 def read_report(prefix: str) -> Report:

@@ -124,9 +124,10 @@ def _prepare(
     for prefix in missing.values():
         check_unused(prefix)
     # Imported only when there is work, with the tokenizers library: a warm start does not pay for it.
-    from titanling.data.prepare import pipeline
+    from titanling.data.prepare import pipeline, report
     from titanling.data.prepare.pieces import cut_into_pieces, describe
 
+    report.check_unused_report(prefixes["training"])
     files = files or find_files(settings.text, outputs)
     pieces = cut_into_pieces(files, reading_of(settings))
     lines += describe(files, reading_of(settings), outputs)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ from titanling.config.schema import Prepare
 from titanling.data.prepare import found_text
 from titanling.data.prepare.run import prepare
 from titanling.errors import UserError
+from titanling.files import new_folder
 
 ALPHABETS = {
     "en": "abcdefghijklmnopqrstuvwxyz",
@@ -85,13 +85,12 @@ def table(made: dict[str, Made]) -> list[str]:
 
 
 def _write_text(text: Path, limit: int) -> None:
-    partial = text.with_name("text.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     seen: set[bytes] = set()
-    made = {name: _write_source(partial, name, origins, limit, seen) for name, origins in _sources().items()}
-    rows = {name: source._asdict() for name, source in made.items()}
-    (partial / "sources.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    partial.rename(text)
+    with new_folder(text) as partial:
+        made = {name: _write_source(partial, name, origins, limit, seen) for name, origins in _sources().items()}
+        rows = {name: source._asdict() for name, source in made.items()}
+        (partial / "sources.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        partial.rename(text)
 
 
 def _sources() -> dict[str, dict[str, Iterator[str]]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 
 from titanling.data.indexed import file_sha256, sync_folder
 from titanling.errors import UserError
+from titanling.files import new_folder
 
 SETTINGS = "tokenizer_config.json"
 
@@ -168,17 +168,11 @@ def _settings(directory: str) -> dict[str, Any]:
 
 
 def _write_directory(directory: str, files: dict[str, str]) -> None:
-    partial = Path(f"{directory.rstrip('/')}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(Path(directory)) as partial:
         for name, text in files.items():
             with open(partial / name, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(partial, directory)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_folder(str(partial))
+    sync_folder(directory)
