@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "nothing was written")
+    cli.run(main, "nothing was written", reports=True)

@@ -86,4 +86,4 @@ def _megatron(arguments: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main, "nothing was written")
+    cli.run(main, "nothing was written", reports=True)

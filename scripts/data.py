@@ -135,4 +135,4 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "nothing half-written is left")

@@ -104,4 +104,4 @@ def _option(option: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on from OUTPUT.partial", reports=True)

@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "the same command goes on with the sources that are finished")
+    run(main, "the same command goes on with the sources that are finished", reports=True)

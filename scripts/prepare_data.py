@@ -126,4 +126,4 @@ def _print_report(prefix: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "the same command goes on with the parts that are finished")
+    run(main, "the same command goes on with the parts that are finished", reports=True)

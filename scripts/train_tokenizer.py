@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, "no tokenizer was written")
+    run(main, "no tokenizer was written", reports=True)

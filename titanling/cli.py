@@ -5,12 +5,16 @@ import atexit
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
+from titanling import terminal
 from titanling.errors import UserError
+from titanling.interrupts import Interruption
 from titanling.paths import expand
 from titanling.ranks import Process, launched, this_process
 from titanling.text import escape_controls as escape_controls
@@ -20,13 +24,36 @@ from titanling.text import one_line
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
-def run(main: Callable[[], int | None], if_interrupted: str = "") -> None:
+def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A command that is interrupted while it still imports what it needs ends in a word."""
+    if issubclass(kind, KeyboardInterrupt):
+        with suppress(OSError, ValueError, AttributeError):
+            print("interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.excepthook is sys.__excepthook__:
+    sys.excepthook = _without_traceback
+
+
+def run(main: Callable[[], int | None], if_interrupted: str = "", reports: bool = False) -> None:
     """Run `main` and exit with its code (None is 0).
 
     `UserError` and a full or forbidden disk become one line on stderr and exit code 2, without a traceback.
+    A signal (Ctrl-C, SIGTERM, SIGHUP) ends it within moments, with "interrupted" and the words of `if_interrupted`, and
+    128 + its number. What stdout cannot take is an error, too, unless `main` only `reports` there: its results are
+    files, and a full disk or a reader that has left must not end its work. What stderr cannot take never is.
     Under a launcher every rank meets the same error, so rank 0 speaks first and the others only if they are still
-    there after a moment. `if_interrupted`: what to say after Ctrl-C, of what there is and of the same command.
+    there after a moment. `if_interrupted`: what to say then, of what there is and of the same command.
     """
+    terminal.make_ready()
+    terminal.report_to("stderr")
+    if reports:
+        terminal.report_to("stdout")
+    interruption = Interruption(if_interrupted)
+    if threading.current_thread() is threading.main_thread():
+        interruption.install()
     code: int | None = 1
     if launched():
         atexit.register(lambda: _end_with(code))  # called after all that others, torch say, will register
@@ -34,23 +61,51 @@ def run(main: Callable[[], int | None], if_interrupted: str = "") -> None:
         code = main()
         sys.stdout.flush()
     except UserError as error:
-        code = _refuse(str(error))
-    except KeyboardInterrupt:
-        words = f"interrupted; {if_interrupted}" if if_interrupted else "interrupted"
-        print(words, file=sys.stderr, flush=True)
-        code = 130
+        code = _refuse(str(error)) if interruption.number is None else interruption.end()
     except SystemExit as end:  # argparse's
         code = end.code if not isinstance(end.code, str) else 1
+        _flush_results()
         raise
     except BrokenPipeError:
-        # Whoever read our output (head, less) has left; the interpreter's last flush must not fail on it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 1
+        code = 1  # whoever read our output (head, less) has left
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        code = _refuse(f"{error.filename or 'disk'}: {error.strerror}; free space or mend permissions, then run again")
-    sys.exit(code or 0)
+        if interruption.number is not None:
+            interruption.end()
+        code = _refuse(_disk_words(error))
+    except BaseException as error:
+        if interruption.number is not None or isinstance(error, KeyboardInterrupt):
+            interruption.end()
+        raise
+    sys.exit(_flush_results() or code or 0)
+
+
+def _flush_results() -> int:
+    """Write out what stdout still holds: 2, said, if that fails. The interpreter's own last flush then cannot."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except (OSError, ValueError) as error:
+        terminal.give_up(1)
+        return 0 if isinstance(error, (BrokenPipeError, ValueError)) else _refuse(_disk_words(error))
+
+
+def _disk_words(error: OSError) -> str:
+    """What is wrong with the disk, or with stdout, in words. Raises the error if the user can do nothing about it."""
+    if error.filename is None and _stdout_fails():
+        return f"stdout: cannot be written: {error.strerror}; give the command a place to write to, and run it again"
+    if error.errno not in DISK_ERRORS:
+        raise error
+    return f"{error.filename or 'disk'}: {error.strerror}; free space or mend permissions, then run again"
+
+
+def _stdout_fails() -> bool:
+    try:
+        sys.stdout.flush()
+        os.write(1, b"")
+    except (OSError, ValueError):
+        terminal.give_up(1)
+        return True
+    return False
 
 
 def warn(lines: Iterable[str]) -> None:

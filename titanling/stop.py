@@ -1,14 +1,16 @@
-"""Asking a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal) end it after the current step."""
+"""Asking a run to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR1 (Slurm's --signal) end it
+after the current step."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from titanling.ranks import is_first
 
-GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GRACEFUL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 AT_ONCE = (signal.SIGTERM, signal.SIGINT)
 DEBOUNCE_SECONDS = 1.0
 """Slurm signals every process of a job and our launcher passes its own on: what comes so soon is the same wish."""
@@ -53,7 +55,8 @@ class StopRequest:
         if self.name is None:
             self.name = signal.Signals(number).name
             if is_first():
-                os.write(2, f"{self.name}: stopping after this step; once more, and it stops at once\n".encode())
+                with suppress(OSError):  # the terminal is gone, perhaps
+                    os.write(2, f"{self.name}: stopping after this step; once more, and it stops at once\n".encode())
         if number not in AT_ONCE:
             return
         now = time.monotonic()

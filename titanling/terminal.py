@@ -12,13 +12,14 @@ PATIENCE_SECONDS = 1.0
 
 
 class Channel(io.RawIOBase):
-    """The descriptor of a stream. The first write that fails is told to the other stream; none raises anything.
+    """The descriptor of a stream. No write raises anything; the first that fails is told to the other stream, if that
+    is one for reports as well.
 
     A disk that is full may have room again: every write is tried.
     """
 
-    def __init__(self, name: str, descriptor: int, other: int) -> None:
-        self.name, self._descriptor, self._other = name, descriptor, other
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name, self._descriptor = name, descriptor
         self._told = False
 
     def fileno(self) -> int:
@@ -49,11 +50,13 @@ class Channel(io.RawIOBase):
             return len(data)
 
     def _tell(self, error: OSError) -> None:
-        if not self._told:
+        other = "stdout" if self.name == "stderr" else "stderr"
+        channel = getattr(getattr(getattr(sys, other), "buffer", None), "raw", None)
+        if not self._told and isinstance(channel, Channel):
             self._told = True
             message = f"warning: {self.name} cannot be written ({error.strerror}); its lines are lost, the work goes on"
             with suppress(OSError):
-                os.write(self._other, f"{message}\n".encode())
+                os.write(channel.fileno(), f"{message}\n".encode())
 
 
 def make_ready() -> None:
@@ -83,12 +86,9 @@ def report_to(name: str) -> None:
         stream.flush()
     except (OSError, ValueError):
         descriptor = -1
-    expected = {"stdout": 1, "stderr": 2}
-    if descriptor == expected[name]:
-        channel = Channel(name, descriptor, 3 - descriptor)
-        encoding = stream.encoding or "utf-8"
-        text = io.TextIOWrapper(io.BufferedWriter(channel), encoding, "backslashreplace", line_buffering=True)
-        setattr(sys, name, text)
+    if descriptor == {"stdout": 1, "stderr": 2}[name]:
+        channel, encoding = io.BufferedWriter(Channel(name, descriptor)), stream.encoding or "utf-8"
+        setattr(sys, name, io.TextIOWrapper(channel, encoding, "backslashreplace", line_buffering=True))
 
 
 def give_up(descriptor: int) -> None:

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from titanling import cli
+from titanling import cli, terminal
 from titanling.checkpoint.folder import FULL, shortage
 from titanling.checkpoint.remote import open_root
 from titanling.config import Config, load_config
@@ -33,7 +33,7 @@ from titanling.data.prepare.run import prepare
 from titanling.data.sources import all_prefixes, check_epochs, check_length, check_sources, open_sources
 from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import FAILED_NUMERICALLY, UserError
-from titanling.files import set_aside, write_whole
+from titanling.files import new_file, set_aside
 from titanling.model.presets import LlamaShape
 from titanling.owner import Owner
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
@@ -64,6 +64,7 @@ def main() -> int | None:
     if arguments.dry_run:
         plan(loaded, planned())
         return 0
+    terminal.report_to("stdout")
     refuse_unlaunched()
     owner = Owner()
     try:
@@ -206,11 +207,14 @@ def _save_config(config: Config, say: Callable[[str], None]) -> None:
     path = Path(config.job.dump_folder) / "config.toml"
     content = dump_toml(config).encode()
     try:
-        if os.path.lexists(path):
-            if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
-                return
-            say(f"{path}: differs from this start's config and is kept as {set_aside(path).name}")
-        write_whole(path, content)
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
+            return
+        with new_file(path) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.path.lexists(path):
+                say(f"{path}: differs from this start's config and is kept as {set_aside(path).name}")
     except OSError as error:
         room = f": {shortage(path, len(content))}" if error.errno in FULL else ""
         raise UserError(
