@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, "no checkpoint is half-deleted")
+    cli.run(main, "nothing is half-deleted")

@@ -1,15 +1,18 @@
 """How a process that has other ranks ends: with its code and all it had to say, without taking Python down."""
 
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, clean_env
 
 from titanling import cli
+from titanling.interrupts import ENDING
 
-INTERRUPTED = re.compile(r'run\(main, "(.+)"\)')
+INTERRUPTED = re.compile(r'run\(main, "(.+)"(?:, reports=True)?\)')
 
 SOURCE = """
 import atexit, sys
@@ -44,10 +47,15 @@ def test_an_interrupted_command_says_what_is_left(capsys: pytest.CaptureFixture[
     def main() -> int | None:
         raise KeyboardInterrupt
 
-    for words, said in (("nothing was written", "interrupted; nothing was written\n"), ("", "interrupted\n")):
-        with pytest.raises(SystemExit) as ended:
-            cli.run(main, words)
-        assert (ended.value.code, capsys.readouterr().err) == (130, said)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        for words, said in (("nothing was written", "interrupted; nothing was written\n"), ("", "interrupted\n")):
+            with pytest.raises(SystemExit) as ended:
+                cli.run(main, words)
+            assert (ended.value.code, capsys.readouterr().err) == (130, said)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_only_commands_that_train_promise_a_checkpoint() -> None:
@@ -55,3 +63,85 @@ def test_only_commands_that_train_promise_a_checkpoint() -> None:
     words = {path.name: found[1] for path in commands if (found := INTERRUPTED.search(path.read_text()))}
     assert {name for name, said in words.items() if "checkpoint" in said} == {"train.py", "launch.py"}
     assert {"convert_dcp_to_hf.py", "convert_hf_to_dcp.py", "prepare_data.py"} <= words.keys()
+
+
+SPEAKS = """
+import sys
+from pathlib import Path
+from titanling import cli
+
+def main():
+    print("result … ×")
+    print("progress … ×", file=sys.stderr)
+
+cli.run(main, reports=sys.argv[1:] == ["reports"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "results", "reports"),
+    [
+        (">/dev/full", 2, 0),
+        (">&-", 2, 0),
+        ("<&- >&- 2>&-", 2, 0),
+        ("2>/dev/full", 0, 0),
+        ("2>&-", 0, 0),
+        ("> >(true)", None, 0),  # a reader that has left; results may have been written before it did
+    ],
+)
+def test_a_report_that_cannot_be_written_ends_nothing(redirection: str, results: int | None, reports: int) -> None:
+    """But a result that cannot be is an error, in one line."""
+    for arguments, expected in ((("results",), results), (("reports",), reports)):
+        command = ["bash", "-c", f'"$0" -c "$1" "$2" {redirection}', sys.executable, SPEAKS, *arguments]
+        done = subprocess.run(command, env=clean_env(), capture_output=True, text=True)
+        assert expected is None or done.returncode == expected, (arguments, done)
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said and "Exception ignored" not in said, said
+        assert said.count("error: ") == (1 if expected == 2 and "2>&-" not in redirection else 0), said
+
+
+def test_a_stream_that_cannot_encode_a_character_ends_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SPEAKS], env=clean_env(PYTHONIOENCODING="ascii"), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "result \\u2026 \\xd7\n", "progress \\u2026 \\xd7\n")
+
+
+WAITS = """
+import sys, threading, time
+from pathlib import Path
+from titanling import cli, files, interrupts
+
+def main():
+    with files.new_folder(Path(sys.argv[1]) / "out") as folder:
+        (folder / "half").touch()
+        threading.Thread(target=threading.Event().wait).start()  # nobody will end it
+        print("ready", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                if sys.argv[2] == "hears":
+                    raise
+
+interrupts.GRACE_SECONDS = 0.1
+cli.run(main, "nothing was written")
+"""
+
+
+@pytest.mark.parametrize("hears", ["hears", "is deaf"])
+@pytest.mark.parametrize(
+    ("number", "says"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM"), ("SIGHUP", "ended by SIGHUP")]
+)
+def test_a_signal_ends_a_command_in_one_line_with_nothing_half_written(
+    tmp_path: Path, number: str, says: str, hears: str
+) -> None:
+    """Also where a thread never ends, and where a library swallows the interruption."""
+    command = [sys.executable, "-c", WAITS, str(tmp_path), hears]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=clean_env(), text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.Signals[number])
+    _, said = process.communicate()
+    assert (process.returncode, said) == (128 + signal.Signals[number], f"{says}; nothing was written\n")
+    assert not list(tmp_path.iterdir())

@@ -73,9 +73,12 @@ def run(main: Callable[[], int | None], if_interrupted: str = "", reports: bool 
             interruption.end()
         code = _refuse(_disk_words(error))
     except BaseException as error:
-        if interruption.number is not None or isinstance(error, KeyboardInterrupt):
+        if interruption.number is not None:
             interruption.end()
-        raise
+        if not isinstance(error, KeyboardInterrupt):  # a program's own
+            raise
+        print(f"interrupted{if_interrupted and f'; {if_interrupted}'}", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(_flush_results() or code or 0)
 
 

@@ -37,8 +37,7 @@ def new_folder(path: Path, name: Path | None = None) -> Iterator[Path]:
     """
     _remove_dead(path)
     folder = name or temporary(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     _own.add(folder)
     try:
         yield folder

@@ -15,6 +15,8 @@ from types import FrameType
 from typing import NoReturn
 
 from titanling import files
+from titanling.errors import UserError
+from titanling.ranks import is_first
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 3.0
@@ -78,12 +80,20 @@ class Interruption:
                 os.kill(process, signal.SIGKILL)
         files.remove_own()
         how = "interrupted" if first == signal.SIGINT else f"ended by {signal.Signals(first).name}"
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             with suppress(OSError):
                 os.write(2, f"{how}{self.words and f'; {self.words}'}\n".encode(errors="backslashreplace"))
         with suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(128 + first)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that speaks for all; also where a launcher's words make no sense."""
+    try:
+        return is_first()
+    except UserError:
+        return True
 
 
 def _descendants() -> list[int]:
