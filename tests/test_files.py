@@ -24,8 +24,10 @@ from titanling.config.schema import Prepare
 from titanling.data.ids import write_ids
 from titanling.data.indexed import IndexedWriter, write_sidecar
 from titanling.data.merge import merge
+from titanling.data.prepare.outputs import Outputs
 from titanling.data.prepare.report import write_report
 from titanling.data.prepare.run import prepare
+from titanling.data.prepare.text import find_files
 from titanling.data.prepare.tokenizer import read_tokenizer, save_tokenizer
 from titanling.errors import UserError
 from titanling.metrics.jsonl import JsonLines
@@ -200,3 +202,16 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError), files.new_file(path):
         pass
+
+
+def test_what_is_half_written_is_no_text(tmp_path: Path, tiny_data: TinyData) -> None:
+    """A killed export, tokenizer or token file, and what a run has set aside, in the folder of the text."""
+    (tmp_path / "text.txt").write_text("a text")
+    for name in ("hf", "tokenizer"):
+        left = files.temporary(tmp_path / name)
+        left.mkdir()
+        (left / "README.md").write_text("half")
+    for name in ("train.bin", "config.toml"):
+        files.temporary(tmp_path / name).write_text("half")
+    found = find_files([str(tmp_path)], Outputs([str(tmp_path / "train")], str(tmp_path / "tokenizer")))
+    assert [Path(file.path).name for file in found] == ["text.txt"]

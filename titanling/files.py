@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-_MARK = re.compile(r"\.titanling-([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.partial")
+_MARK = re.compile(r"\.titanling-([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.partial$")
 _own: set[Path] = set()
 """What this process has made and not yet published or removed."""
 
@@ -27,6 +27,11 @@ _own: set[Path] = set()
 def temporary(path: Path) -> Path:
     """A name beside `path` that nothing has yet, and that says whose it is. Makes nothing."""
     return path.with_name(f"{path.name}.titanling-{_host()}-{os.getpid()}-{secrets.token_hex(6)}.partial")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's or folder's name is a temporary one of any process."""
+    return _MARK.search(name) is not None
 
 
 @contextmanager

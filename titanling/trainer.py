@@ -190,12 +190,7 @@ class Trainer:
                 raise UserError(f"{restored.what}: its state.json has no usable scaler or loader: {error!r}") from None
             self.metrics.resume_at(self.step, validated=not self.interrupted)
         if self.audit is not None:
-            try:
-                for line in self.audit.resume_at(self.step):
-                    self.metrics.info(line)
-            except OSError as error:
-                where = error.filename or self.run_folder / "data"
-                raise UserError(f"{where}: the audit log cannot be written: {error.strerror}; move it away") from None
+            self.audit.resume_at(self.step, self.metrics.info)
         if restored is not None:
             self.metrics.info("; ".join([restored.what, *restored.remarks]))
 
@@ -211,8 +206,7 @@ class Trainer:
         with self.world.naming_the_lost():
             if not self._asked_to_stop() and self.interrupted:
                 self._make_up()
-            guard = self.metrics.guard
-            with profile(config.profiling, self.run_folder, self.world.rank, self.step, guard) as profiler:
+            with profile(config.profiling, self.run_folder, self.world.rank, self.step, self.metrics.guard) as profiler:
                 self._take_steps(profiler.step)
             self.checkpointer.finish()
             self._judge()

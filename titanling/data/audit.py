@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from titanling.data.sources import MixedSource
 from titanling.data.trace import pieces
+from titanling.errors import UserError
 from titanling.files import append_to, is_still, set_aside
 
 FOLDER = "data"
@@ -35,24 +36,30 @@ class AuditLog:
         self._source = source
         self._dp_rank, self._dp_world = dp_rank, dp_world
 
-    def resume_at(self, step: int) -> list[str]:
+    def resume_at(self, step: int, say: Callable[[str], None] = lambda _: None) -> None:
         """Remove what comes after a step, also from files of ranks that are no more; those are shared out.
 
-        At 0, the log of an earlier run is kept under another name. Returns what was done, in words. Raises OSError.
+        At 0, the log of an earlier run is kept under another name, which is told to `say`. Raises UserError if the log
+        cannot be written.
         """
-        said = []
+        try:
+            self._resume_at(step, say)
+        except OSError as error:
+            where = error.filename or self._folder
+            raise UserError(f"{where}: the audit log cannot be written: {error.strerror}; move it away") from None
+
+    def _resume_at(self, step: int, say: Callable[[str], None]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._folder.glob("steps-rank*.jsonl")):
             rank = path.stem.removeprefix("steps-rank")
             if rank.isdecimal() and int(rank) % self._dp_world == self._dp_rank:
                 append_to(path).close()  # it is a file, then
                 if step == 0 and path.stat().st_size:
-                    said.append(f"{path}: what an earlier run wrote is kept as {set_aside(path).name}")
+                    say(f"{path}: what an earlier run wrote is kept as {set_aside(path).name}")
                 else:
                     cut_after(path, step)
         self._path = self._folder / f"steps-rank{self._dp_rank:03d}.jsonl"
         self._file = append_to(self._path)
-        return said
 
     def append(self, step: int, first: int, batches: Sequence[np.ndarray]) -> None:
         """Write the line of a step: its micro-batches' input ids, (rows, seq_len) each, from sample `first` of the run.

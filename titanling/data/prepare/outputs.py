@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from titanling.files import is_temporary
+
 _TOKENIZER = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|tokenizer\.model"
     r"|chat_template\.(jinja|json)"
 )
-_RUN = re.compile(r"(config\.toml|metrics\.jsonl|owner\.json)(\..*)?")
+_RUN = re.compile(r"(config(\.\d+)?\.toml|metrics(\.\d+)?\.jsonl|owner\.json)(\..*)?")
 _OF_PREFIX = r"(-shard-\d{5}-of-\d{5})?\.(bin|idx|json|report\.json|ids\.jsonl|empty|parts)(\..*)?"
 _PARTIAL = re.compile(r"(.+)\.((bin|idx|json)\.partial|parts)(\..*)?")
 _STEP = re.compile(r"step-\d{6,}(\..+)?")
@@ -49,6 +51,9 @@ class Outputs:
             return False
         linked = os.path.join(_real(os.path.dirname(path) or "."), os.path.basename(path))
         for each in {linked, os.path.realpath(linked)}:
+            if any(map(is_temporary, each.split(os.sep))):
+                self.met.append(path)
+                return True
             for folder, names in self._own:
                 inside = (
                     each[len(folder) :].lstrip(os.sep).split(os.sep) if f"{each}/".startswith(f"{folder}/") else [""]
@@ -62,6 +67,7 @@ class Outputs:
         """Which files and folders of a folder any preparation, tokenizer, run or export has written. Remembers them."""
         names = set(names)
         found = {name for name in names if _STEP.fullmatch(name) and _is_checkpoint(os.path.join(folder, name))}
+        found |= set(filter(is_temporary, names))
         if "tokenizer.json" in names:
             found |= {name for name in names if _TOKENIZER.fullmatch(name)}
         if {"config.toml", "metrics.jsonl"} <= names:
