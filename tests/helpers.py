@@ -100,8 +100,8 @@ def tiny_config(folder: Path, data: TinyData, changes: Mapping[str, Any] | None 
 
 
 def clean_env(**changes: str) -> dict[str, str]:
-    """This process's environment without a launcher's variables, one thread, the checkout importable, `changes`."""
-    env = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    """A user's environment: no launcher's variables nor ours, one thread, the checkout importable, `changes`."""
+    env = {key: value for key, value in os.environ.items() if key not in (*LAUNCHER, "PYTHONSAFEPATH")}
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
 
 

@@ -353,14 +353,13 @@ def test_looking_into_it_is_refused(tmp_path: Path, tiny_data: TinyData, script:
     assert run.returncode == 2 and "streamed" in run.stderr and len(run.stderr.splitlines()) == 1
 
 
-def test_parity_is_refused(tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) -> None:
-    from titanling import parity
+def test_parity_is_refused(tmp_path: Path, tiny_data: TinyData) -> None:
+    from titanling.parity import compare
 
     path = write_jsonl(tmp_path / "x.jsonl", documents(9))
     config = tiny_config(tmp_path, tiny_data, {"data.train": None, "data.sources": [STREAM | {"paths": [path]}]})
-    monkeypatch.setattr("sys.argv", ["parity.py", "--config", str(config)])
     with pytest.raises(UserError, match=r"toml: data\.sources: its sources are streamed: one process would"):
-        parity.main()
+        compare(load_config(config), 1)
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path: Path, tiny_data: TinyData) -> None:
