@@ -12,7 +12,6 @@ import argparse
 import json
 
 from titanling import cli
-from titanling.text import escape_controls
 
 EXAMPLES = """examples:
   python scripts/checkpoint.py list outputs/debug
@@ -91,7 +90,7 @@ def main() -> int:
     else:
         really = not arguments.dry_run
         text = pruned_text(prune(arguments.run, arguments.keep, arguments.every, really), really)
-    print(escape_controls(text))
+    cli.say(text)
     return code
 
 

@@ -11,7 +11,7 @@ environment.require()
 import argparse
 import json
 
-from titanling.cli import add_format, local_path, path_or_url, run
+from titanling.cli import add_format, local_path, path_or_url, run, say
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -71,8 +71,8 @@ def main() -> None:
             rows.append(_row(report.name, name, vars(found)))
     if len(reports) > 1:
         rows += [_row("mean", name, found) for name, found in means(reports, sample.shares).items()]
-    print("\n".join(columns(rows, right=(2, 3, 4))))
-    print(f"NSL: tokens over those of {reference}; words: what white space separates")
+    say("\n".join(columns(rows, right=(2, 3, 4))))
+    say(f"NSL: tokens over those of {reference}; words: what white space separates")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(as_json(reports, sample.shares, reference), indent=2, ensure_ascii=False)

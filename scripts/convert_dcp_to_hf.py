@@ -13,7 +13,6 @@ import os
 
 from titanling import cli
 from titanling.ranks import is_first
-from titanling.text import escape_controls
 
 EXAMPLE = (
     "example: python scripts/convert_dcp_to_hf.py --checkpoint outputs/debug/checkpoints/step-000200 --output hf/"
@@ -46,11 +45,11 @@ def main() -> None:
         arguments.dtype,
         arguments.max_shard_size,
         arguments.verify,
-        lambda line: print(escape_controls(line)),
+        cli.say,
     )
     if is_first():
-        print(f"wrote {arguments.output}: {', '.join(files)}")
-        print(f'load it with  AutoModelForCausalLM.from_pretrained("{arguments.output}")')
+        cli.say(f"wrote {arguments.output}: {', '.join(files)}")
+        cli.say(f'load it with  AutoModelForCausalLM.from_pretrained("{arguments.output}")')
 
 
 if __name__ == "__main__":

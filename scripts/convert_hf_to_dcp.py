@@ -57,17 +57,17 @@ def main() -> None:
         made = import_hf(arguments.input, arguments.output)
     else:
         made = _megatron(arguments)
-    print(f"wrote {made.path}")
+    cli.say(f"wrote {made.path}")
     if made.tokenizer is None:
-        print("it comes without a tokenizer.json; generation and export need --tokenizer, a folder that has one")
+        cli.say("it comes without a tokenizer.json; generation and export need --tokenizer, a folder that has one")
     if made.model_table is None:
-        print("no preset has its RoPE scaling, so no config can name this model: generate from it, export it")
+        cli.say("no preset has its RoPE scaling, so no config can name this model: generate from it, export it")
     else:
         import tomli_w
 
-        print("a run starts from it with this in its config, beside what it needs else:\n")
+        cli.say("a run starts from it with this in its config, beside what it needs else:\n")
         model = made.model_table | ({} if made.tokenizer is None else {"hf_assets_path": str(made.tokenizer)})
-        print(tomli_w.dumps({"model": model, "checkpoint": {"initial_load_path": str(made.path)}}))
+        cli.say(tomli_w.dumps({"model": model, "checkpoint": {"initial_load_path": str(made.path)}}))
 
 
 def _megatron(arguments: argparse.Namespace) -> Any:

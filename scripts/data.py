@@ -9,7 +9,6 @@ from titanling import environment
 environment.require()
 
 import argparse
-import json
 from typing import Any
 
 from titanling import cli
@@ -65,7 +64,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     inputs = arguments.inputs or shards_of(arguments.prefix)
     made, lines = merge(arguments.prefix, inputs)
     lines.append(f"{arguments.prefix}: {made.documents:,} documents, {made.tokens:,} tokens, from {len(inputs)} inputs")
-    print("\n".join(lines))
+    cli.say("\n".join(lines))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -89,10 +88,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     tokenizer = read_tokenizer(folder)
     if tokenizer_sha256(folder) != read_sidecar(prefix).tokenizer_sha256:
         raise UserError(f"{folder}: is not the tokenizer of {prefix}; give that with --tokenizer")
-    print(cli.escape_controls(f"{prefix}: {what}, {len(ids):,} tokens"))
-    print(*ids.tolist())
+    cli.say(f"{prefix}: {what}, {len(ids):,} tokens")
+    cli.say(" ".join(map(str, ids.tolist())))
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    print(cli.escape_controls(text))
+    cli.say(text)
 
 
 def _document_named(prefix: str, id: str) -> int:
@@ -101,7 +100,7 @@ def _document_named(prefix: str, id: str) -> int:
 
     [found] = documents_named(id, [prefix], prefix, f"--id {id}")
     if len(found) > 1:
-        print(cli.escape_controls(f"{id}: the name of {len(found)} documents ({', '.join(map(str, found[:20]))})"))
+        cli.say(f"{id}: the name of {len(found)} documents ({', '.join(map(str, found[:20]))})")
     return found[0]
 
 
@@ -110,7 +109,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     for prefix in arguments.prefixes:
         found = verify(prefix)
-        print(f"{prefix}: {found.documents:,} documents, {found.tokens:,} tokens: all is well", flush=True)
+        cli.say(f"{prefix}: {found.documents:,} documents, {found.tokens:,} tokens: all is well")
 
 
 def _stats(arguments: argparse.Namespace) -> None:
@@ -123,15 +122,15 @@ def _stats(arguments: argparse.Namespace) -> None:
         sidecar = found.sidecar
         if arguments.json:
             row: dict[str, Any] = sidecar.model_dump() | {"prefix": prefix, "bytes_per_token": found.bytes_per_token}
-            print(json.dumps(row | {"mean_length": found.mean_length, "lengths": found.lengths}, ensure_ascii=False))
+            cli.say_json(row | {"mean_length": found.mean_length, "lengths": found.lengths})
             continue
         size = f"{sidecar.utf8_bytes / 1e6:,.1f}"
         counts = (f"{sidecar.documents:,}", f"{sidecar.tokens:,}", size, f"{found.bytes_per_token:.2f}")
         lengths = (f"{length:,}" for length in found.lengths.values())
         rows.append((prefix, *counts, f"{found.mean_length:,.0f}", *lengths))
     if not arguments.json:
-        print("\n".join(columns(rows, right=range(1, len(rows[0])))))
-        print("(mean and percentages: tokens of a document)")
+        cli.say("\n".join(columns(rows, right=range(1, len(rows[0])))))
+        cli.say("(mean and percentages: tokens of a document)")
 
 
 if __name__ == "__main__":

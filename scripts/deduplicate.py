@@ -11,7 +11,7 @@ environment.require()
 import argparse
 import os
 
-from titanling.cli import add_format, path_or_url, run
+from titanling.cli import add_format, path_or_url, run, say
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -90,10 +90,10 @@ def main() -> None:
         workers = arguments.workers or -1
         slurm = Slurm(arguments.partition, arguments.time, arguments.mem_per_cpu_gb, workers, options)
         work = submit(files, output, reading, settings, slurm)
-        print(f"submitted; logs and scripts are in {work}/logs, and {output} appears when all is done")
+        say(f"submitted; logs and scripts are in {work}/logs, and {output} appears when all is done")
         return
     before, behind = deduplicate(files, output, reading, settings, arguments.workers or 1)
-    print(f"{output}: {behind:,} of {before:,} documents stay, {before - behind:,} were nearly the same as another")
+    say(f"{output}: {behind:,} of {before:,} documents stay, {before - behind:,} were nearly the same as another")
 
 
 def _option(option: str) -> tuple[str, str]:

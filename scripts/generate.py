@@ -55,7 +55,7 @@ def main() -> None:
         seed=arguments.seed,
         stop_ids=ends.stop_ids,
     )
-    print(arguments.prompt + files.continuation(prompt, new))
+    cli.say(arguments.prompt + files.continuation(prompt, new))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ environment.require()
 
 import argparse
 
-from titanling.cli import path_or_url, run
+from titanling.cli import path_or_url, run, say
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -42,7 +42,7 @@ def main() -> None:
     from titanling.data.prepare.standin import make_standin
 
     for line in make_standin(arguments.output, arguments.bytes_per_source, arguments.vocab_size):
-        print(line, flush=True)
+        say(line)
 
 
 if __name__ == "__main__":

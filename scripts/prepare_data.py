@@ -12,7 +12,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from titanling.cli import add_format, path_or_url, run
+from titanling.cli import add_format, path_or_url, run, say
 from titanling.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main() -> None:
         tokenizer or os.path.join(output, "tokenizer"),
         shard,
     )
-    print("\n".join(lines))
+    say("\n".join(lines))
     if any(line.startswith("tokenised") for line in lines):
         _print_report(shard.name(os.path.join(output, "train")) if shard else os.path.join(output, "train"))
 
@@ -120,9 +120,9 @@ def _print_report(prefix: str) -> None:
     from titanling.data.prepare.report import memory_lines, read_report, rows
 
     report = read_report(prefix)
-    print()
-    print("\n".join([*columns(rows(report), right=(2, 3, 4)), *memory_lines(report)]))
-    print(f"({prefix}.report.json)")
+    say()
+    say("\n".join([*columns(rows(report), right=(2, 3, 4)), *memory_lines(report)]))
+    say(f"({prefix}.report.json)")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from titanling import environment
 environment.require()
 
 import argparse
-import json
 import time
 from typing import TYPE_CHECKING
 
@@ -87,14 +86,14 @@ def print_step(source: "MixedSource", step: int, sequences: int, tokenizer: str 
         named = [(piece, ids.get((piece.source, piece.document))) for piece in found]
         if as_json:
             rows = [piece._asdict() | ({} if id is None else {"id": id}) for piece, id in named]
-            print(json.dumps({"step": step, "sample": sample, "pieces": rows}, ensure_ascii=False))
+            cli.say_json({"step": step, "sample": sample, "pieces": rows})
             continue
-        parts = cli.escape_controls(", ".join(describe(piece, id) for piece, id in named))
-        print(f"step {step}  sequence {sample}  {parts}")
+        parts = ", ".join(describe(piece, id) for piece, id in named)
+        cli.say(f"step {step}  sequence {sample}  {parts}")
         if text is not None:
             tokens = source.batch(np.array([sample]))["input_ids"][0, : sum(piece.tokens for piece in found)].tolist()
             lines = text.decode(tokens, skip_special_tokens=False).splitlines()
-            print("\n".join(f"    {cli.escape_controls(line)}" for line in lines))
+            cli.say("\n".join(f"    {line}" for line in lines))
 
 
 def describe(piece: "Piece", id: str | int | None) -> str:
@@ -111,13 +110,13 @@ def print_document(source: "MixedSource", name: str, document: int, steps: int, 
     found = list(sights(source, name, document, steps * sequences, sequences))
     for sight in found:
         if as_json:
-            print(json.dumps({"source": name, "document": document, **sight._asdict()}, ensure_ascii=False))
+            cli.say_json({"source": name, "document": document, **sight._asdict()})
         else:
             last = sight.first + sight.tokens - 1
-            print(f"step {sight.step}  sequence {sight.sample}  epoch {sight.epoch + 1}  tokens {sight.first}–{last}")
+            cli.say(f"step {sight.step}  sequence {sight.sample}  epoch {sight.epoch + 1}  tokens {sight.first}–{last}")
     if not as_json:
         seconds = time.perf_counter() - start
-        print(f"{name}:{document}: {len(found)} places in {steps:,} steps, found in {1000 * seconds:.1f} ms")
+        cli.say(f"{name}:{document}: {len(found)} places in {steps:,} steps, found in {1000 * seconds:.1f} ms")
 
 
 if __name__ == "__main__":

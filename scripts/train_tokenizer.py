@@ -12,7 +12,7 @@ import argparse
 import os
 import time
 
-from titanling.cli import add_format, path_or_url, run
+from titanling.cli import add_format, path_or_url, run, say
 from titanling.errors import UserError
 
 EXAMPLE = """example:
@@ -91,12 +91,12 @@ def main() -> None:
         rows.append(
             (source.name, f"{source.weight:g}", f"{share:.2%}", f"{size / 1e6:.1f} MB", f"{quota / 1e6:.1f} MB{times}")
         )
-    print("\n".join(columns(rows, right=(1, 2, 3))), flush=True)
+    say("\n".join(columns(rows, right=(1, 2, 3))))
     start = time.monotonic()
     made = train_tokenizer(sample, arguments.vocab_size, output, recipe)
-    print(f"{output}: {recipe.kind} BPE, vocabulary {made:,}, trained in {time.monotonic() - start:.1f} s")
+    say(f"{output}: {recipe.kind} BPE, vocabulary {made:,}, trained in {time.monotonic() - start:.1f} s")
     if made < arguments.vocab_size:
-        print(f"the text gives no more than {made:,} tokens: for {arguments.vocab_size:,} of them, it takes more text")
+        say(f"the text gives no more than {made:,} tokens: for {arguments.vocab_size:,} of them, it takes more text")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from titanling import environment
 environment.require()
 
 import argparse
-import json
 import re
 from typing import TYPE_CHECKING
 
@@ -43,9 +42,9 @@ def main() -> int:
     verdict = verify_config(arguments.config, rest, steps, arguments.ranks)
     if arguments.json:
         found = vars(verdict) | {"shares": [share._asdict() for share in verdict.shares]}
-        print(json.dumps(found, ensure_ascii=False))
+        cli.say_json(found)
     else:
-        print(cli.escape_controls("\n".join(lines(verdict, steps, arguments.ranks))))
+        cli.say("\n".join(lines(verdict, steps, arguments.ranks)))
     return 1 if verdict.faults else 0
 
 

@@ -1,5 +1,6 @@
 """How a process that has other ranks ends: with its code and all it had to say, without taking Python down."""
 
+import json
 import re
 import signal
 import subprocess
@@ -145,3 +146,21 @@ def test_a_signal_ends_a_command_in_one_line_with_nothing_half_written(
     _, said = process.communicate()
     assert (process.returncode, said) == (128 + signal.Signals[number], f"{says}; nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+HOSTILE = "a\x1b]0;title\x07b\x9bc\u202ed\udcffe\r\x00f"
+
+
+def test_what_somebody_else_wrote_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.say(f"{HOSTILE}\tä\n")
+    cli.say_json({HOSTILE: [HOSTILE, "ä"]})
+    said = capsys.readouterr().out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", said) and "\tä\n" in said
+    assert json.loads(said.splitlines()[-1]) == {HOSTILE: [HOSTILE, "ä"]}
+
+
+def test_scripts_print_through_the_one_door() -> None:
+    """What they print may hold names of files, tokens and fields that somebody else has chosen."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        if path.name not in ("check_env.py", "kernel_report.py"):  # which print what they measured
+            assert not re.search(r"\bprint\(", path.read_text()), path

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import errno
+import json
 import os
 import sys
 import threading
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from titanling import terminal
 from titanling.errors import UserError
 from titanling.interrupts import Interruption
 from titanling.paths import expand
 from titanling.ranks import Process, launched, this_process
-from titanling.text import escape_controls as escape_controls
-from titanling.text import one_line
+from titanling.text import escape_controls, escape_json, one_line
 
 # What the user can mend: the disk is full, over quota, mounted read-only, or its permissions forbid us.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
@@ -109,6 +110,16 @@ def _stdout_fails() -> bool:
         terminal.give_up(1)
         return True
     return False
+
+
+def say(text: str = "") -> None:
+    """Print to stdout what may hold somebody else's words: names of files, what a model wrote. None is a command."""
+    print(escape_controls(text), flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print a value as one line of JSON, with the same characters escaped as JSON writes them."""
+    print(escape_json(json.dumps(value, ensure_ascii=False)), flush=True)
 
 
 def warn(lines: Iterable[str]) -> None:

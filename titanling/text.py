@@ -17,6 +17,11 @@ def escape_controls(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def escape_json(text: str) -> str:
+    r"""The same for JSON text, which stays JSON: `\u001b`."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def shorten(text: str, limit: int = 200) -> str:
     """`text`, without its middle if it is longer than `limit` characters."""
     if len(text) <= limit:

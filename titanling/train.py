@@ -34,6 +34,7 @@ from titanling.data.sources import all_prefixes, check_epochs, check_length, che
 from titanling.data.token_files import check_files, is_foreign
 from titanling.errors import FAILED_NUMERICALLY, UserError
 from titanling.files import new_file, set_aside
+from titanling.metrics.sinks import require_wandb
 from titanling.model.presets import LlamaShape
 from titanling.owner import Owner
 from titanling.parallel.degrees import Degrees, resolve_layout, sequences_per_step
@@ -95,6 +96,8 @@ def check(config: Config, owner: Owner | None = None) -> tuple[LlamaShape, Degre
     Before it does, rank 0 takes the run's folders into `owner`.
     """
     check_runnable(config)
+    if config.metrics.enable_wandb:
+        require_wandb()
     shape, degrees = resolve_layout(
         config.model,
         config.parallelism,
