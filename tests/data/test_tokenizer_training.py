@@ -227,7 +227,7 @@ def test_sources_in_words_and_in_toml(tmp_path: Path) -> None:
         ("en=a:inf", "weight inf"),
         ("en=a:much", 'the weight "much" is no number'),
         ("fi=a", "source fi: named twice"),
-        ("nowhere.toml", "nowhere.toml: cannot be read"),
+        ("nowhere.toml", "nowhere.toml: no such file"),
         ("name = 3", "has no [[sources]]"),
         ("[[sources]", "not valid TOML"),
         ('[[sources]]\nname = "x"', "needs a name and a text"),
