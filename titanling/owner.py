@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from titanling.checkpoint.folder import FULL, shortage
 from titanling.checkpoint.remote import reason
 from titanling.errors import UserError
 from titanling.owner_file import NAME, STALE_SECONDS, Holder, Place, foreign, open_place
@@ -43,9 +44,11 @@ class Owner:
             raise
         except Exception as error:
             self.release()
+            full = isinstance(error, OSError) and error.errno in FULL
+            room = f": {shortage(folder.absolute(), len(self._me.encode()))}" if full else ""
             raise UserError(
-                f"{setting} = {folder}: no {NAME} can be written there: {reason(error)}; free some space, mend its"
-                " permissions, or set another folder"
+                f"{setting} = {folder}: no {NAME} can be written there: {reason(error)}{room}; free some space, mend"
+                " its permissions, or set another folder"
             ) from None
         threading.Thread(target=self._keep, name="owner", daemon=True).start()
 

@@ -9,7 +9,7 @@ tensor    A · (2 L + 1) all-gathers and reduce-scatters forward (two modules a 
           all-reduce: one a norm's weight each step; the loss over vocabulary shards, two a piece
 context   A · L all-gathers of keys and values forward, A · L reduce-scatters backward; recomputed ones again
 pipeline  a send or receive of hidden states or their gradient for each micro-batch and border between ranks
-step      all-reduce of the number of targets, and of the gradient norm
+step      all-reduce of the number of targets, and of the gradient norm (DDP: of whether the losses are finite)
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,9 @@ def traffic(setup: Setup, parameters: Sequence[Placed], rank: int) -> list[Colle
     found += _pipeline(setup, rank)
     if setup.world > 1:
         found.append(Collective("all-reduce", "number of targets", "world", setup.world, 1, 8))
-        if not setup.ddp:
-            found.append(Collective("all-reduce", "gradient norm", "world", setup.world, 1, 4))
+        # Of DDP every rank has the norm, but not the others' losses: one that is not finite skips the step.
+        what = "losses that are not finite" if setup.ddp else "gradient norm"
+        found.append(Collective("all-reduce", what, "world", setup.world, 1, 4))
     return [each for each in found if each.count]
 
 
