@@ -70,10 +70,15 @@ def main() -> int | None:
     owner = Owner()
     try:
         with errors_name_the_file(loaded):
+            stop = StopRequest(owner.release)
+            # Until then a signal ends the command. Of several ranks the first has torch before it checks.
+            early = this_process().size > 1 and not _to_be_prepared(config)
+            if early:
+                stop.install()
             shape, degrees = check(config, owner)
             cli.warn(loaded.remarks)
-            stop = StopRequest(owner.release)
-            stop.install()
+            if not early:
+                stop.install()
             end = _run(config, shape, degrees, stop, owner)
     finally:
         owner.release()
@@ -225,10 +230,17 @@ def _save_config(config: Config, say: Callable[[str], None]) -> None:
         ) from None
 
 
+def _to_be_prepared(config: Config) -> bool:
+    """Whether the run makes its own data, and has not made it yet."""
+    data, asked = config.data, config.data.prepare.text and config.model.hf_assets_path
+    files = [Path(f"{prefix}.json") for prefix in (data.train, data.validation) if prefix]
+    return bool(data.train and asked and not is_foreign(data.train)) and not all(file.exists() for file in files)
+
+
 def _prepare_data(config: Config) -> None:
     data, tokenizer = config.data, config.model.hf_assets_path
     if data.train and data.prepare.text and tokenizer and not is_foreign(data.train):
-        if not all(Path(f"{prefix}.json").exists() for prefix in (data.train, data.validation) if prefix):
+        if _to_be_prepared(config):
             print(escape_controls(f"preparing {' '.join(data.prepare.text)} as {data.train} (once)"), flush=True)
         for line in prepare(data.prepare, data.train, data.validation, tokenizer, run_folder=config.job.dump_folder):
             print(escape_controls(line), flush=True)

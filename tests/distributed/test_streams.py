@@ -23,7 +23,7 @@ def test_two_ranks_with_workers(tmp_path: Path, tiny_data: TinyData) -> None:
     assert len(first) == len(second) == 12 and not first & second
     assert "data-parallel ranks was 2 and is now 1; restore these" in found["refused"]
     for rank in range(2):  # whichever met it
-        assert "bad/2.jsonl:41: not a line of JSON" in (tmp_path / f"error-{rank}.txt").read_text(encoding="utf-8")
+        assert "bad/2.jsonl:41: not JSON" in (tmp_path / f"error-{rank}.txt").read_text(encoding="utf-8")
     states = [
         json.loads((tmp_path / f"stopped/checkpoints/step-{step:06d}/state.json").read_text(encoding="utf-8"))
         for step in (3, 6)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harm import children
 from helpers import ROOT, TinyData, clean_env, tiny_config
 from runs import differing, rows, saved_shards
 
@@ -52,7 +53,7 @@ def kill_in_a_save(config: Path, ranks: int, bucket: Path) -> str:
             if not half_saved(bucket):
                 time.sleep(0.0002)
                 continue
-            pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+            pids = children(process.pid) if ranks > 1 else [process.pid]
             assert len(pids) == ranks
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
