@@ -91,6 +91,8 @@ def poison_a_gradient(where: Path, data: TinyData, clean_steps: int) -> Row:
         "training.global_batch_size": 4,
         "checkpoint.interval": 1,
         "checkpoint.keep_latest_k": 0,
+        # A save waits for a step that updates, but not at the last step before the decay.
+        "lr_scheduler.decay_ratio": 1 / 3,
         "parallelism.plans": [f"{PLANS}:Poison"],
     }
     job, failures = Job(where / "poisoned", data, changes, ranks=2), []

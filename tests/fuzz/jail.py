@@ -69,7 +69,7 @@ def _judge(code: int, said: str, complained: str, codes: Sequence[int]) -> Seque
         return [f"traceback: {last[:300]}"]
     if code not in (0, 2, *codes):
         return [f"exit code {code}: {last[:300]}"]
-    lines = complained.splitlines()
+    lines = [line for line in complained.splitlines() if not line.startswith("warning: ")]
     faults = []
     if code == 2 and not (len(lines) == 1 or complained.startswith("usage: ")):
         faults.append(f"{len(lines)} lines instead of one: {last[:300]}")
