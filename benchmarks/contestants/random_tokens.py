@@ -6,10 +6,14 @@ import numpy as np
 
 from titanling.data.indexed import IndexedWriter, write_sidecar
 
+EOD = 0
+
 
 def write_tokens(prefix: Path, vocab_size: int, tokens: int) -> None:
-    """One document of `tokens` ids, the same at every call, as `prefix`.bin, .idx and .json; makes the folder."""
+    """One document of `tokens` ids, the last one EOD, the same at every call, as `prefix`.bin, .idx and .json; makes the folder."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
+    ids[-1] = EOD
     with IndexedWriter(str(prefix), vocab_size) as writer:
-        writer.add_document(np.random.default_rng(0).integers(0, vocab_size, tokens))
-    write_sidecar(str(prefix), writer.sidecar("none", eod_id=0, utf8_bytes=tokens, source="random tokens"))
+        writer.add_document(ids)
+    write_sidecar(str(prefix), writer.sidecar("none", eod_id=EOD, utf8_bytes=tokens, source="random tokens"))

@@ -114,9 +114,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     import_hf(tmp_path / "hf", tmp_path / "made")
     refused("step-000000: exists already; give another --output", tmp_path / "hf", tmp_path / "made")
     (tmp_path / "file").write_text("mine")
-    refused("file: cannot be written: Not a directory", tmp_path / "hf", tmp_path / "file")
+    refused("file: no owner.json can be written there: ", tmp_path / "hf", tmp_path / "file")
     monkeypatch.setattr(os, "fsync", full_disk)
-    refused("other: cannot be written: No space left on device; free", tmp_path / "hf", tmp_path / "other")
+    refused("other: no owner.json can be written there: No space left on device: it needs", tmp_path / "hf", tmp_path / "other")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     refused("config.json: mlp_bias = True", tmp_path / "hf", tmp_path / "other")
@@ -147,7 +147,7 @@ def test_urls_are_not_taken_for_folders(script: str, tmp_path: Path) -> None:
 
 
 def test_several_processes_do_not_write_one_checkpoint(tmp_path: Path) -> None:
-    environment = clean_env(WORLD_SIZE="2")
+    environment = clean_env(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     done = run_python(SCRIPT, "--input", "here", "--output", tmp_path / "out", env=environment)
     assert done.returncode == 2 and "start it without torchrun" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -104,11 +104,12 @@ def test_a_source_without_generation_config(tmp_path: Path, tiny_data: TinyData)
     assert read(tmp_path / "back", "generation_config.json") == ends
 
 
+STAGES = [{"start": 0, "seq_len": 16, "weights": {}}, {"start": 99, "weights": {}}]
 LENGTHS = {
     "of the run": ({}, {}, 32),
     "of an earlier phase": ({"phases": [{"longest": 64}]}, {}, 64),
     "of the longest stage that has begun": (
-        {"data": {"seq_len": 32, "stages": [{"start": 0, "seq_len": 16}, {"start": 99}]}},
+        {"data": {"seq_len": 32, "seed": 1, "sources": {}, "stages": STAGES}},
         {},
         16,
     ),

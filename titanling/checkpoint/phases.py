@@ -67,8 +67,9 @@ def phase_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def longest_sequence(state: Mapping[str, Any]) -> int:
     """Tokens of the longest sequences that the phase of a state has trained on."""
-    longest: int = state["config"]["training"]["seq_len"]
     data = state.get("data") or {}
+    said = look_up(state["config"], "training.seq_len")
+    longest: int = said if isinstance(said, int) else data.get("seq_len", 0)
     begun = [s for s in data.get("stages", []) if s["start"] * data["seq_len"] < max(1, state["tokens_seen"])]
     return max((stage.get("seq_len") or longest for stage in begun), default=longest)
 
