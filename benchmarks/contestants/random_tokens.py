@@ -10,7 +10,7 @@ EOD = 0
 
 
 def write_tokens(prefix: Path, vocab_size: int, tokens: int) -> None:
-    """One document of `tokens` ids, the last one EOD, the same at every call, as `prefix`.bin, .idx and .json; makes the folder."""
+    """One document of `tokens` ids, the last one EOD, as `prefix`.bin, .idx and .json; always the same ones."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     ids = np.random.default_rng(0).integers(0, vocab_size, tokens)
     ids[-1] = EOD

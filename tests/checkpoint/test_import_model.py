@@ -116,7 +116,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "file").write_text("mine")
     refused("file: no owner.json can be written there: ", tmp_path / "hf", tmp_path / "file")
     monkeypatch.setattr(os, "fsync", full_disk)
-    refused("other: no owner.json can be written there: No space left on device: it needs", tmp_path / "hf", tmp_path / "other")
+    full = "other: no owner.json can be written there: No space left on device: it needs"
+    refused(full, tmp_path / "hf", tmp_path / "other")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"mlp_bias": True}))
     refused("config.json: mlp_bias = True", tmp_path / "hf", tmp_path / "other")
