@@ -67,6 +67,22 @@ def make_wheel(folder: Path, name: str, version: str, requires: str | None = Non
             wheel.writestr(f"{name.replace('-', '_')}.py", "")
 
 
+# What titanling.launch imports.
+LAUNCH = (
+    "cli",
+    "environment",
+    "errors",
+    "files",
+    "interrupts",
+    "launch",
+    "paths",
+    "ranks",
+    "start",
+    "terminal",
+    "text",
+)
+
+
 class Machine:
     """A project copy in a folder with a space in its name, and an active Python environment without pip."""
 
@@ -84,7 +100,7 @@ class Machine:
         for name in (
             "run_train.sh",
             "pyproject.toml",
-            *(f"titanling/{n}.py" for n in ("cli", "environment", "errors", "launch", "ranks", "start", "text")),
+            *(f"titanling/{name}.py" for name in LAUNCH),
         ):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "titanling" / "__init__.py").write_text('__version__ = "0.1.0"\n')

@@ -82,7 +82,7 @@ class Place:
     ) -> subprocess.CompletedProcess[str]:
         """Start the bare Python, in another folder if nothing else is said."""
         words = [self.bare, *flags, *(command or (self.script, "no  such"))]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
         return subprocess.run(words, cwd=cwd or self.script.parent, env=environment, capture_output=True, text=True)
 
     def refusal(self, *command: str | Path, cwd: Path | None = None) -> tuple[str, str]:
